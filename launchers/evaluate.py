@@ -1,0 +1,80 @@
+"""Evaluate a checkpoint: valid bounds on the likelihood of its T-step samplers, with standard errors.
+
+    python launchers/evaluate.py --checkpoint runs/text8 --protocol text8 --steps 1,4,16,inf
+    python launchers/evaluate.py --checkpoint runs/text8 --steps 1,4 --k 16 --rows 512 --json bounds.json
+
+Every number is an upper bound (in expectation) on the negative log-likelihood of the sampler that it names: T steps,
+latent fixed or fresh. K = 1 is the ELBO by one random step; K > 1 the importance-weighted bound over whole paths, which
+costs K x T forwards. --surrogate adds the training surrogate of the VMD and VADD papers, which bounds nothing.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from vmd_scale.checkpoints import load_trained
+from vmd_scale.config import parse_step_list
+from vmd_scale.data.manifest import check_tokenizer
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.evaluation.perplexity import Request, evaluate, table
+from vmd_scale.evaluation.protocols import PROTOCOLS, get_protocol
+from vmd_scale.files import write_json
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
+    parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(PROTOCOLS)}")
+    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    parser.add_argument("--steps", default="inf", metavar="T,T,...", help="numbers of sampling steps, such as 1,4,inf")
+    parser.add_argument(
+        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
+    )
+    parser.add_argument("--k", type=int, default=1, help="importance samples; more is tighter and dearer")
+    parser.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
+    parser.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
+    parser.add_argument("--shards", metavar="DIR", help="the prepared data; default: what the run was trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--micro-batch", type=int, default=64, help="rows in one forward")
+    parser.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list of objects")
+    args = parser.parse_args()
+
+    protocol, steps = get_protocol(args.protocol), parse_step_list(args.steps, "--steps")
+    trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
+    request = Request(
+        protocol=protocol.name,
+        split=args.split,
+        steps=steps,
+        latent=args.latent,
+        k=args.k,
+        draws=args.draws,
+        rows=args.rows,
+        paths=trained.config.diffusion.paths,
+        seed=args.seed,
+        micro_batch=args.micro_batch,
+        surrogate=args.surrogate,
+    )
+    reader = ShardReader(args.shards or trained.config.data.shards, args.split)
+    protocol.check(reader.manifest)
+    check_tokenizer(reader.manifest, reader.folder, trained.tokenizer)
+    if reader.row_length != trained.config.data.row_length:
+        raise UserError(
+            f"--shards {reader.folder}: rows of {reader.row_length}, the model was trained on "
+            f"{trained.config.data.row_length}"
+        )
+    results = evaluate(trained.model, reader, request, trained.weights, trained.step)
+    print(f"{trained.checkpoint}, {trained.weights} weights, protocol {protocol.name}: {protocol.description}")
+    print(table(results))
+    if args.surrogate:
+        print(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
+    if args.json:
+        write_json(args.json, [result.to_dict() for result in results])
+
+
+if __name__ == "__main__":
+    main()

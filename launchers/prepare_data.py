@@ -1,0 +1,55 @@
+"""Turn a corpus into shards: token files that training and evaluation read.
+
+    python launchers/prepare_data.py --config configs/quickstart.json      prepare what its data section says
+    python launchers/prepare_data.py --config C --set data.workers=16      with 16 processes; the output is the same
+    python launchers/prepare_data.py inspect DIR                           statistics and a decoded row
+    python launchers/prepare_data.py verify DIR                            compare every file with its checksum
+
+A preparation that was killed is started again with the same command: finished splits are kept. Shards that are there
+and fit are left alone; shards that were made with other settings are an error, unless --force.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from vmd_scale.config import load_config
+from vmd_scale.data.inspection import describe, inspect
+from vmd_scale.data.prepare import prepare
+from vmd_scale.data.shards import verify_folder
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.files import write_atomically
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=["prepare", "inspect", "verify"], default="prepare")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of shards, for inspect and verify")
+    parser.add_argument("--config", metavar="FILE", help="the run's configuration; its data section is used")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, validation, test; default: all there are")
+    parser.add_argument("--force", action="store_true", help="throw away what data.shards holds and start again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the resulting manifest there as well")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    if args.action == "prepare":
+        if args.folder or not args.config:
+            raise UserError("expected --config FILE, or: inspect DIR, verify DIR; see --help")
+        manifest = prepare(load_config(args.config, args.set).data, splits=args.splits, force=args.force)
+        print(describe(manifest))
+        if args.json:
+            write_atomically(args.json, manifest.model_dump_json(indent=2).encode())
+        return
+    if not args.folder or args.config:
+        raise UserError(f"expected: {args.action} DIR; see --help")
+    if args.action == "inspect":
+        print(inspect(args.folder))
+    else:
+        manifest = verify_folder(args.folder)
+        print(f"{args.folder}: every file of {', '.join(manifest.splits)} is as it was written")
+
+
+if __name__ == "__main__":
+    main()

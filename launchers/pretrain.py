@@ -1,0 +1,86 @@
+"""Pretrain a variational masked diffusion language model.
+
+    deepspeed launchers/pretrain.py --config configs/lm1b.json                 all GPUs of this machine
+    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/lm1b.json    two ranks
+    python launchers/pretrain.py --config configs/quickstart.json              one process
+    torchrun --nproc-per-node 2 launchers/pretrain.py --config ...             likewise, and under srun
+    ... --set training.micro_batch=16 --set model.layers=6                     any key can be overridden
+
+Called again with the same --output, the run goes on from its newest whole checkpoint. After SIGTERM, SIGUSR1 or when
+a file named STOP appears in the run folder, it writes a checkpoint and exits with code 75. Bad input: exit code 2.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vmd_scale.config import Config, load_config
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.tokenization import load_tokenizer
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration, JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default: runs/NAME-OF-CONFIG")
+    parser.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse a folder in use")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and hours, then stop")
+    parser.add_argument("--preview", action="store_true", help="print decoded rows, clean and masked, then stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = parser.parse_args()
+
+    config = load_config(args.config, args.set)
+    if args.dry_run:
+        dry_run(config)
+    elif args.preview:
+        from vmd_scale.data.prepare import prepare
+        from vmd_scale.preview import preview
+
+        prepare(config.data)
+        print(preview(config, load_tokenizer(config.data.tokenizer)))
+    else:
+        sys.exit(run(config, args.output or Path("runs") / Path(args.config).stem, args.resume))
+
+
+def dry_run(config: Config) -> None:
+    import torch
+
+    from vmd_scale.build import build_architecture
+    from vmd_scale.planning import describe, peak_flops, plan
+    from vmd_scale.training.engine import resolve_precision
+    from vmd_scale.training.launch import world_size_from_environment
+    from vmd_scale.training.loop import check_before_start
+
+    check_before_start(config)
+    world_size = world_size_from_environment()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config, device)
+    architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    print(describe(plan(config, architecture, world_size, precision), config, world_size, peak_flops(device)))
+
+
+def run(config: Config, output: Path, resume: str) -> int:
+    from vmd_scale.checkpoints import whole_checkpoints
+    from vmd_scale.data.prepare import prepare_on_first_rank
+    from vmd_scale.training.launch import join_world, leave_world, rank_from_environment
+    from vmd_scale.training.loop import check_before_start, pretrain
+    from vmd_scale.training.telemetry import start_logging
+
+    if resume == "never" and whole_checkpoints(output / "checkpoints"):
+        raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_before_start(config)
+    prepare_on_first_rank(config.data, rank_from_environment())
+    output.mkdir(parents=True, exist_ok=True)
+    world = join_world()
+    start_logging(output, world.rank)
+    try:
+        return pretrain(config, output, world, tokenizer)
+    finally:
+        leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Draw samples from a checkpoint with T-step samplers.
+
+    python launchers/sample.py --checkpoint runs/text8 --steps 1,4,16,64 --count 4
+    python launchers/sample.py --checkpoint runs/text8 --steps 8 --latent fresh --json samples.json
+
+Sample number n of a seed is always the same sample, whatever it is batched with. Draws are made in float64.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from vmd_scale.checkpoints import load_trained
+from vmd_scale.config import parse_step_list
+from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.sampler import Sampler, sample
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.files import write_json
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
+    parser.add_argument("--steps", default="64", metavar="T,T,...", help="numbers of sampling steps, such as 1,8,inf")
+    parser.add_argument("--count", type=int, default=4, help="samples for each number of steps")
+    parser.add_argument(
+        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
+    )
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there as well")
+    args = parser.parse_args()
+
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    steps = parse_step_list(args.steps, "--steps")
+    trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
+    records = []
+    for wanted, name in zip(steps, args.steps.split(","), strict=True):
+        sampler = Sampler(wanted, args.latent, trained.config.diffusion.paths)
+        ids = sample(trained.model, sampler, Noise(args.seed), torch.arange(args.count))
+        texts = [trained.tokenizer.decode(row) for row in ids.tolist()]
+        records.append({"steps": name, "latent": args.latent, "seed": args.seed, "texts": texts})
+        print(f"T = {name}, latent {args.latent}")
+        print("".join(f"  {text}\n" for text in texts))
+    if args.json:
+        write_json(args.json, records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data import packing
+from vmd_scale.data.packing import EncodedDocument, PackingCounts, Rows, pack
+from vmd_scale.data.roles import Role
+from vmd_scale.errors import UserError
+
+
+class Letters:
+    """Ids 0-9 are letters; begin, end and pad follow when asked for."""
+
+    name = "letters"
+    vocab_size = 13
+    fingerprint = "letters"
+    begin_id: int | None
+    end_id: int | None
+    pad_id: int | None
+
+    def __init__(self, specials: bool) -> None:
+        self.begin_id, self.end_id, self.pad_id = (10, 11, 12) if specials else (None, None, None)
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, ids: object) -> str:
+        raise NotImplementedError
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+
+def data(row_length: int, **more: object) -> DataConfig:
+    values = {"corpus": "text", "tokenizer": "letters", "shards": "unused", **more}
+    return DataConfig.model_validate({**values, "row_length": row_length})
+
+
+def encoded(documents: list[list[int]]) -> list[EncodedDocument]:
+    return [EncodedDocument(np.array(document, dtype=np.uint16)) for document in documents]
+
+
+def packed(
+    documents: list[EncodedDocument], config: DataConfig, specials: bool = True
+) -> tuple[np.ndarray, np.ndarray | None, PackingCounts]:
+    counts = PackingCounts()
+    parts: list[Rows] = list(pack(documents, config, Letters(specials), counts))
+    if not parts:
+        return np.zeros((0, config.row_length), dtype=np.uint16), None, counts
+    roles = None if parts[0].roles is None else np.concatenate([part.roles for part in parts])
+    return np.concatenate([part.tokens for part in parts]), roles, counts
+
+
+many_documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=20)
+
+
+@settings(deadline=None)
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64))
+def test_wrap_loses_only_the_remainder(
+    documents: list[list[int]], length: int, specials: bool, batch_tokens: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
+        rows, roles, counts = packed(encoded(documents), data(length), specials)
+    stream = list(chain.from_iterable([*document, 11] if specials else document for document in documents))
+    whole = len(stream) // length * length
+    assert roles is None
+    assert rows.ravel().tolist() == stream[:whole]
+    assert counts.dropped_tokens == len(stream) - whole
+
+
+@given(many_documents, st.integers(3, 12))
+def test_wrap_with_row_specials(documents: list[list[int]], length: int) -> None:
+    rows, _, _ = packed(encoded(documents), data(length, row_specials=True))
+    stream = list(chain.from_iterable([*document, 11] for document in documents))
+    assert np.all(rows[:, 0] == 10)
+    assert np.all(rows[:, -1] == 11)
+    assert rows[:, 1:-1].ravel().tolist() == stream[: rows.shape[0] * (length - 2)]
+
+
+@settings(deadline=None)
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64))
+def test_pad_is_one_document_a_row(
+    documents: list[list[int]], length: int, row_specials: bool, batch_tokens: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
+        rows, roles, counts = packed(encoded(documents), data(length, packing="pad", row_specials=row_specials))
+    room = length - 2 if row_specials else length
+    assert len(rows) == len(documents)
+    assert counts.truncated_documents == sum(len(document) > room for document in documents)
+    for n, document in enumerate(documents):
+        assert roles is not None
+        expected = [10, *document[:room], 11] if row_specials else document[:room]
+        assert rows[n].tolist() == expected + [12] * (length - len(expected))
+        assert roles[n].tolist() == [Role.ORDINARY] * len(expected) + [Role.PADDING] * (length - len(expected))
+
+
+def test_padding_without_a_pad_token_is_zero() -> None:
+    rows, _, _ = packed(encoded([[5]]), data(3, packing="pad"), specials=False)
+    assert rows.tolist() == [[5, 0, 0]]
+
+
+@pytest.mark.parametrize("method", ["wrap", "pad"])
+def test_pieces_make_one_document(method: str) -> None:
+    whole = [EncodedDocument(np.arange(9)), EncodedDocument(np.arange(4))]
+    pieces = [
+        EncodedDocument(np.arange(2), last=False),
+        EncodedDocument(np.arange(2, 8), last=False),
+        EncodedDocument(np.arange(8, 9)),
+        EncodedDocument(np.arange(4)),
+    ]
+    config = data(5, packing=method)
+    assert packed(pieces, config)[0].tolist() == packed(whole, config)[0].tolist()
+    assert packed(pieces, config)[2] == packed(whole, config)[2]
+
+
+def test_ready_documents_are_rows() -> None:
+    given_cells = np.array([True, False, True])
+    document = EncodedDocument(np.array([1, 2, 3]), ready=True, given=given_cells)
+    rows, roles, _ = packed([document, document], data(3))
+    assert rows.tolist() == [[1, 2, 3]] * 2
+    assert roles is not None
+    assert roles.tolist() == [[Role.GIVEN, Role.ORDINARY, Role.GIVEN]] * 2
+    with pytest.raises(UserError, match=r"data\.row_length is 4"):
+        packed([document], data(4))
+
+
+def test_row_specials_need_the_tokens() -> None:
+    with pytest.raises(UserError, match=r"data\.row_specials"):
+        packed(encoded([[1]]), data(4, row_specials=True), specials=False)
+    with pytest.raises(UserError, match=r"data\.row_length"):
+        packed(encoded([[1]]), data(2, row_specials=True))
+
+
+def test_no_documents() -> None:
+    assert len(packed([], data(4))[0]) == 0

@@ -1,0 +1,178 @@
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmd_scale.errors import UserError
+from vmd_scale.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("VMD_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+ASSETS = SHARED / "tokenizers"
+needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason=f"tokenizer assets not at {ASSETS}")
+ENGLISH = "The cat isn't on the mat, 42 times: “naïve” 中文 😀 <|endoftext|> [SEP]"
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return load_tokenizer(f"gpt2:{ASSETS}")
+
+
+@pytest.fixture(scope="module")
+def bert() -> Tokenizer:
+    return load_tokenizer(f"bert:{ASSETS}")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"the number {n} follows the number {n - 1} in a row" for n in range(300)))
+    output = folder / "tiny.model"
+    script = ROOT / "tokenizer" / "train_sentencepiece.py"
+    command = [sys.executable, script, "--input", text, "--vocab-size", "290", "--output", output, "--threads", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return output
+
+
+@given(st.text(alphabet=" abcdefghijklmnopqrstuvwxyz"))
+def test_text8_round_trip(text: str) -> None:
+    tokenizer = load_tokenizer("text8")
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int64
+    assert tokenizer.decode(ids) == text
+
+
+def test_text8_ids_and_mask() -> None:
+    tokenizer = load_tokenizer("text8")
+    assert tokenizer.encode(" az").tolist() == [0, 1, 26]
+    assert tokenizer.vocab_size == 27
+    assert tokenizer.decode([1, 27, 0]) == "a_ "
+    assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (None, None, None)
+
+
+def test_sudoku_ids() -> None:
+    tokenizer = load_tokenizer("sudoku")
+    assert tokenizer.encode("129").tolist() == [0, 1, 8]
+    assert tokenizer.decode([8, 9]) == "9_"
+
+
+@pytest.mark.parametrize("bad", ["A", "é", "😀", "\n"])
+def test_character_outside_the_alphabet(bad: str) -> None:
+    with pytest.raises(UserError, match="position 2") as error:
+        load_tokenizer("text8").encode(f"ab{bad}c")
+    assert repr(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("ids", [[-1], [28]])
+def test_ids_outside_the_vocabulary(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.27"):
+        load_tokenizer("text8").decode(ids)
+
+
+@needs_assets
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_gpt2_round_trip(gpt2: Tokenizer, text: str) -> None:
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@needs_assets
+def test_gpt2_published_ids(gpt2: Tokenizer) -> None:
+    assert gpt2.vocab_size == 50257
+    assert gpt2.begin_id == gpt2.end_id == 50256
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.decode([15496, 50257, 995]) == "Hello[MASK] world"
+
+
+@needs_assets
+def test_a_document_cannot_spell_a_special_token(gpt2: Tokenizer, bert: Tokenizer) -> None:
+    assert gpt2.end_id not in gpt2.encode(ENGLISH)
+    assert bert.end_id not in bert.encode(ENGLISH)
+
+
+@needs_assets
+def test_bert_round_trip(bert: Tokenizer) -> None:
+    assert (bert.vocab_size, bert.begin_id, bert.end_id, bert.pad_id) == (30522, 101, 102, 0)
+    assert bert.encode("Hello, playing worlds").tolist() == [7592, 1010, 2652, 8484]
+    assert bert.decode(bert.encode("Hello unaffable world")) == "hello unaffable world"
+    assert bert.decode([7592, 30522, 2088]) == "hello [MASK] world"
+
+
+def test_sentencepiece(sentencepiece_file: Path) -> None:
+    tokenizer = load_tokenizer(str(sentencepiece_file))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    text = "the number 7 follows é"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (1, 2, 3)
+    assert tokenizer.decode([*ids[:1], tokenizer.vocab_size, *ids[1:]]).count("[MASK]") == 1
+
+
+@pytest.mark.parametrize("name", ["text8", "sudoku", "gpt2", "bert", "sentencepiece"])
+def test_export_and_pickle_keep_the_ids(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, sentencepiece_file: Path
+) -> None:
+    if name in ("gpt2", "bert"):
+        if not ASSETS.is_dir():
+            pytest.skip(f"tokenizer assets not at {ASSETS}")
+        tokenizer = request.getfixturevalue(name)
+    else:
+        tokenizer = load_tokenizer(str(sentencepiece_file) if name == "sentencepiece" else name)
+    for file, content in tokenizer.files().items():
+        (tmp_path / file).write_bytes(content)
+    text = {"text8": "some words", "sudoku": "987"}.get(name, ENGLISH)
+    for copy in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert copy.vocab_size == tokenizer.vocab_size
+        assert (copy.begin_id, copy.end_id, copy.pad_id) == (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id)
+        assert copy.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+@needs_assets
+def test_another_file_naming_is_the_same_tokenizer(gpt2: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_bytes((ASSETS / "gpt2_encoder.json").read_bytes())
+    (tmp_path / "merges.txt").write_bytes((ASSETS / "gpt2_vocab.bpe").read_bytes())
+    assert load_tokenizer(str(tmp_path)).fingerprint == gpt2.fingerprint
+
+
+@needs_assets
+def test_a_hub_name_is_looked_up_in_the_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "tokenizer" / "assets" / "bert-base-uncased"
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_bytes((ASSETS / "bert_base_uncased_vocab.txt").read_bytes())
+    assert load_tokenizer("bert-base-uncased").vocab_size == 30522
+
+
+def test_different_tokenizers_have_different_fingerprints() -> None:
+    assert load_tokenizer("text8").fingerprint != load_tokenizer("sudoku").fingerprint
+
+
+@needs_assets
+def test_ambiguous_folder() -> None:
+    with pytest.raises(UserError, match="several tokenizers"):
+        load_tokenizer(str(ASSETS))
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="no gpt2 files"):
+        load_tokenizer(f"gpt2:{tmp_path}")
+    with pytest.raises(UserError, match="no such file"):
+        load_tokenizer(str(tmp_path / "missing.model"))
+
+
+@pytest.mark.parametrize("name", ["broken.model", "broken.json", "vocab.txt", "notes.md"])
+def test_damaged_files(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"not a tokenizer")
+    with pytest.raises(UserError, match=name):
+        load_tokenizer(str(tmp_path / name))

@@ -1,0 +1,66 @@
+"""From a configuration to the objects of a run: the one place where config keys meet constructors."""
+
+import torch
+from torch import Tensor
+
+from vmd_scale.config import Config, step_values
+from vmd_scale.data.loader import Batch
+from vmd_scale.data.roles import Role
+from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.objective import Objective
+from vmd_scale.model import VMD, Architecture
+
+CONDITION_WIDTH = 128  # published with MDLM; no wider than the model
+
+
+def build_architecture(config: Config, vocab_size: int) -> Architecture:
+    model, latent = config.model, config.latent
+    return Architecture(
+        vocab_size=vocab_size,
+        row_length=config.data.row_length,
+        groups=config.groups,
+        layers=model.layers,
+        width=model.width,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        mlp=model.mlp,
+        norm=model.norm,
+        dropout=model.dropout,
+        tie_embeddings=model.tie_embeddings,
+        time_conditioning=model.time_conditioning,
+        attention=model.attention,
+        condition_width=min(CONDITION_WIDTH, model.width),
+        latent_width=latent.width,
+        injection=latent.injection,
+        encoder_layers=config.encoder_layers,
+        encoder_width=config.encoder_width,
+    )
+
+
+def build_model(config: Config, vocab_size: int) -> VMD:
+    """A freshly initialised model; a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        return VMD(build_architecture(config, vocab_size))
+
+
+def build_objective(config: Config, vocab_size: int) -> Objective:
+    diffusion = config.diffusion
+    return Objective(
+        kind=diffusion.objective,
+        steps=step_values(diffusion.steps),
+        law=diffusion.paths,
+        groups=config.groups,
+        latent_width=config.latent.width,
+        mask_id=vocab_size,
+        noise=Noise(config.training.seed),
+        free_bits=diffusion.free_bits,
+    )
+
+
+def masks_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Which positions may be masked, bool [B, L], and which may be attended, bool [B, L] or None for all."""
+    if batch.roles is None:
+        return torch.ones_like(batch.tokens, dtype=torch.bool), None
+    attend = batch.roles != Role.PADDING
+    return batch.roles == Role.ORDINARY, None if bool(attend.all()) else attend

@@ -1,0 +1,133 @@
+"""The format of a run's checkpoints, and reading weights from them without DeepSpeed.
+
+checkpoints/latest                      name of the newest whole checkpoint
+checkpoints/step-00000100/
+    deepspeed/                          DeepSpeed's own shards: what a resume reads
+    weights-00000-of-00002.safetensors  each rank's fragments of the fp32 masters and their EMA: what everybody
+                                        else reads (evaluation, export), whatever the world size or ZeRO stage
+    run_state.json                      step, tokens, configuration, tokenizer fingerprint, world size
+    manifest.json                       size and sha256 of every file above; written last
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vmd_scale.build import build_architecture
+from vmd_scale.config import Config, parse_config
+from vmd_scale.errors import UserError
+from vmd_scale.files import sha256_of
+from vmd_scale.model import VMD
+from vmd_scale.tokenization import Tokenizer, load_tokenizer
+
+LATEST, MANIFEST, RUN_STATE, DEEPSPEED = "latest", "manifest.json", "run_state.json", "deepspeed"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were finished, oldest first. A staging folder is none."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+
+
+def damage(path: Path, wanted: dict[str, Any]) -> str | None:
+    """How a file differs from what its manifest says, or None."""
+    if not path.exists():
+        return f"{path.name} is missing"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
+    return f"{path.name} was altered: its sha256 differs" if sha256_of(path) != wanted["sha256"] else None
+
+
+def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights of a checkpoint by parameter name, put together from all ranks' fragments.
+
+    Args:
+        kind: ema | raw.
+
+    Raises:
+        UserError: a file is missing or damaged, or there is no EMA.
+    """
+    prefix = {"ema": "ema", "raw": "master"}[kind]
+    wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    names = [name for name in sorted(wanted) if name.startswith("weights-")]
+    weights: dict[str, torch.Tensor] = {}
+    missing: dict[str, int] = {}
+    for name in names:
+        problem = damage(checkpoint / name, wanted[name])
+        if problem is not None:
+            raise UserError(f"{checkpoint}: {problem}")
+        with safe_open(checkpoint / name, framework="pt") as file:
+            shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                its_kind, parameter, start = key.split("/")
+                if its_kind != prefix:
+                    continue
+                values = file.get_tensor(key)
+                if parameter not in weights:
+                    weights[parameter] = torch.empty(shapes[parameter])
+                    missing[parameter] = weights[parameter].numel()
+                weights[parameter].view(-1)[int(start) : int(start) + len(values)] = values
+                missing[parameter] -= len(values)
+    if not weights:
+        raise UserError(f"{checkpoint} holds no {kind} weights" + (" (training.ema_decay 0)" if kind == "ema" else ""))
+    incomplete = [parameter for parameter, count in missing.items() if count]
+    if incomplete:
+        raise UserError(f"{checkpoint}: weights are incomplete: {', '.join(incomplete)}")
+    return weights
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model out of a run, ready to be evaluated, sampled or exported."""
+
+    model: VMD
+    config: Config
+    tokenizer: Tokenizer
+    step: int
+    weights: str  # ema | raw
+    checkpoint: Path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest whole checkpoint of a run folder; a checkpoint's own folder stands for itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists() and (path / RUN_STATE).exists():
+        return path
+    found = whole_checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"--checkpoint {path}: no checkpoint there; expected a run folder or checkpoints/step-...")
+    return found[-1]
+
+
+def load_trained(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> TrainedModel:
+    """Load a run folder or checkpoint folder.
+
+    Args:
+        weights: ema | raw.
+
+    Raises:
+        UserError: no checkpoint, damaged files, no EMA, or a tokenizer that is not the one the run was trained with.
+    """
+    checkpoint = find_checkpoint(path)
+    wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    problem = damage(checkpoint / RUN_STATE, wanted[RUN_STATE])
+    if problem is not None:
+        raise UserError(f"{checkpoint}: {problem}")
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
+            f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
+        )
+    model = VMD(build_architecture(config, tokenizer.vocab_size))
+    model.load_state_dict(load_weights(checkpoint, weights))
+    return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)

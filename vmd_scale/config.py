@@ -1,0 +1,319 @@
+"""The whole configuration: typed, validated, JSON in and JSON out.
+
+A run is described by one JSON file. ``"base": "other.json"`` (relative to the file) inherits, ``--set a.b=value``
+overrides. Whatever follows from something else (accumulation, vocabulary, head width) is computed, never asked.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vmd_scale.errors import UserError
+
+
+def _split_steps(value: object) -> object:
+    """``--set diffusion.steps=1,4,inf`` is friendlier to a shell than a JSON list."""
+    if isinstance(value, str):
+        return tuple(int(part) if part.isdigit() else part for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+StepCount = Annotated[int, Field(ge=1)] | Literal["inf"]
+StepCounts = Annotated[tuple[StepCount, ...], BeforeValidator(_split_steps), Field(min_length=1)]
+
+
+def step_values(steps: Sequence[int | str]) -> tuple[float, ...]:
+    """``[1, 4, "inf"]`` as numbers: ``(1.0, 4.0, math.inf)``."""
+    return tuple(math.inf if step == "inf" else float(step) for step in steps)
+
+
+def parse_step_list(text: str, option: str) -> tuple[float, ...]:
+    """``1,4,inf`` of a command line as numbers.
+
+    Raises:
+        UserError: names the option.
+    """
+    parts = text.split(",")
+    if not all(part == "inf" or (part.isdigit() and int(part) > 0) for part in parts):
+        raise UserError(f"{option} {text!r}: expected positive whole numbers or 'inf', such as 1,4,inf")
+    return step_values([part if part == "inf" else int(part) for part in parts])
+
+
+class Section(BaseModel):
+    """Unknown keys, wrong types and later mutation are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    corpus: str = Field(description="a named corpus (vmd_scale/data/corpora): python_docs, text8, lm1b, ...")
+    source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
+        default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
+    )
+    tokenizer: str = Field(description="text8, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files")
+    row_length: int = Field(ge=2, description="tokens in a row, L")
+    packing: Literal["wrap", "pad"] = Field(
+        default="wrap", description="wrap: concatenate and cut every L; pad: one document a row"
+    )
+    row_specials: bool = Field(
+        default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
+    )
+    normalizer: Literal["none", "text8", "lm1b"] | None = Field(
+        default=None, description="text clean-up before tokenization; null: what the corpus is published with"
+    )
+    validation_documents: int | None = Field(
+        default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
+    )
+    shards: str = Field(description="folder of the prepared shards")
+    shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
+    workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
+
+
+class ModelConfig(Section):
+    layers: int = Field(default=12, ge=1)
+    width: int = Field(default=768, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    tie_embeddings: bool = False
+    time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
+    attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"
+
+
+class LatentConfig(Section):
+    width: int = Field(default=0, ge=0, description="d_z; 0 is the plain masked diffusion model (MDM)")
+    scope: Literal["row", "block"] = Field(default="row", description="one z a row, or one z a block of the row")
+    injection: Literal["adaln", "add"] = "adaln"
+    encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
+    encoder_width: int | None = Field(default=None, ge=1, description="null: model.width")
+    prior: Literal["standard"] = "standard"
+
+
+class KLWeight(Section):
+    start: float = Field(default=1.0, ge=0)
+    end: float = Field(default=1.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+
+    def at(self, step: int) -> float:
+        """Weight of the KL at a training step: linear from start to end."""
+        progress = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.start + (self.end - self.start) * progress
+
+
+class DiffusionConfig(Section):
+    schedule: Literal["linear"] = Field(default="linear", description="alpha(t) = 1 - t: the mask ratio is t")
+    objective: Literal["vmd", "nelbo"] = Field(
+        default="nelbo", description="vmd: the published surrogate; nelbo: the valid bound, T drawn from steps"
+    )
+    steps: StepCounts = Field(default=(1, 2, 4, "inf"), description="the set of T of objective nelbo")
+    paths: Literal["bernoulli", "balanced"] = Field(default="balanced", description="law of the revealing order")
+    block_size: int | None = Field(default=None, ge=1, description="block diffusion; null: the row is one block")
+    kl_weight: KLWeight = KLWeight()
+    free_bits: float = Field(default=0.0, ge=0, description="nats of KL a latent group has for free")
+
+
+class TrainingConfig(Section):
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1, description="rows in an optimizer step, over all ranks and accumulation")
+    micro_batch: int = Field(ge=1, description="rows in one forward on one rank")
+    learning_rate: float = Field(default=3e-4, gt=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(default=2500, ge=0)
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where cosine and linear end")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="0 is off")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPU, fp32 on CPU")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
+
+
+class EvaluationConfig(Section):
+    every: int | None = Field(default=None, ge=1, description="evaluate on validation every N steps; null: never")
+    protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: the data's own")
+    steps: StepCounts = (8, 32, "inf")
+    rows: int = Field(default=2048, ge=2, description="validation rows at most")
+
+
+class TelemetryConfig(Section):
+    log_every: int = Field(default=50, ge=1)
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "vmd_scale"
+
+
+class Config(Section):
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    latent: LatentConfig = LatentConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        model, latent, diffusion, training = self.model, self.latent, self.diffusion, self.training
+        if model.width % model.heads or (model.width // model.heads) % 2:
+            raise ValueError(
+                f"model.heads ({model.heads}) must divide model.width ({model.width}) into an even head width"
+            )
+        if self.encoder_width % self.head_width:
+            raise ValueError(
+                f"latent.encoder_width ({self.encoder_width}) must be a multiple of the head width "
+                f"model.width / model.heads ({self.head_width})"
+            )
+        if training.global_batch % training.micro_batch:
+            raise ValueError(
+                f"training.global_batch ({training.global_batch}) must be a multiple of "
+                f"training.micro_batch ({training.micro_batch})"
+            )
+        if diffusion.objective == "vmd" and latent.width == 0:
+            raise ValueError(
+                "diffusion.objective 'vmd' needs a latent, but latent.width is 0; "
+                "the MDM baseline is latent.width=0 with diffusion.objective='nelbo' and diffusion.steps=['inf']"
+            )
+        block = diffusion.block_size
+        if block is not None and self.data.row_length % block:
+            raise ValueError(f"diffusion.block_size ({block}) must divide data.row_length ({self.data.row_length})")
+        if latent.width and (latent.scope == "block") != (block is not None):
+            raise ValueError(
+                f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
+                "scope 'block' needs a block size, scope 'row' none"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.model.width // self.model.heads
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.latent.encoder_layers or max(1, self.model.layers // 4)
+
+    @property
+    def encoder_width(self) -> int:
+        return self.latent.encoder_width or self.model.width
+
+    @property
+    def groups(self) -> int:
+        """Blocks of a row, G: each has its own time and, with a latent, its own z."""
+        return self.data.row_length // (self.diffusion.block_size or self.data.row_length)
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a JSON file, follow its ``base``, apply ``a.b=value`` overrides and validate the result.
+
+    Raises:
+        UserError: missing file, bad JSON, unknown key (with the nearest valid one), wrong type, contradiction.
+    """
+    values = _read_with_base(Path(path), seen=())
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, origin=str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str) -> Config:
+    """Validate plain values; `origin` is named in errors."""
+    try:
+        return Config.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(_explain(e, values) for e in error.errors())) from None
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'base' goes round in a circle: {' -> '.join(map(str, [*seen, path]))}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a JSON object, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'base' must be a file name, found {base!r}")
+    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example training.steps=100")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text  # a bare word is a string
+    node = values
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {parent} is a value, not a section")
+    node[leaf] = value
+
+
+def _explain(error: Any, values: dict[str, Any]) -> str:
+    """One pydantic error in this project's words: key, what was found, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(part for part in location if part in _all_keys() or part.isdigit())
+    if error["type"] == "extra_forbidden":
+        owner = _section_at(location[:-1])
+        allowed = sorted(owner.model_fields) if owner else []
+        everywhere = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {everywhere[0]!r}?" if everywhere else f"allowed: {', '.join(allowed)}"
+        return f"unknown key {'.'.join(location)!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {'.'.join(location)!r}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{key}: {message}" if key else message
+    return f"{key or '.'.join(location)}: {error['msg'][0].lower() + error['msg'][1:]}, found {error['input']!r}"
+
+
+def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Config
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return None
+        section = field.annotation
+    return section
+
+
+def _all_keys(section: type[BaseModel] = Config) -> set[str]:
+    keys = set(section.model_fields)
+    for field in section.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= _all_keys(field.annotation)
+    return keys

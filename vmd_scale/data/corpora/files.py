@@ -1,0 +1,119 @@
+"""Reading text out of files: plain, .xz, .gz, .zip; lines, JSON lines and Parquet; with errors that say where."""
+
+import gzip
+import json
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+
+from vmd_scale.errors import UserError
+
+COMPRESSED = (".xz", ".gz", ".zip")
+RECORD_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", "")
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """The decompressed bytes of a file; a .zip must hold one file.
+
+    Raises:
+        UserError: the file is missing, unreadable or a damaged archive; also while the caller reads from it.
+    """
+    try:
+        if path.suffix == ".xz":
+            with lzma.open(path) as file:
+                yield file
+        elif path.suffix == ".gz":
+            with gzip.open(path) as unzipped:
+                yield cast(IO[bytes], unzipped)
+        elif path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                members = [name for name in archive.namelist() if not name.endswith("/")]
+                if len(members) != 1:
+                    raise UserError(f"{path}: expected one file in the archive, found {len(members)}")
+                with archive.open(members[0]) as file:
+                    yield file
+        else:
+            with open(path, "rb") as plain:
+                yield plain
+    except FileNotFoundError:
+        raise UserError(f"data.source: no such file: {path}") from None
+    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def decode(raw: bytes, path: Path, offset: int) -> str:
+    """UTF-8 text; `offset` is where `raw` starts in the (decompressed) file."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); convert the file to UTF-8"
+        ) from None
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends."""
+    offset = 0
+    with open_bytes(path) as file:
+        for raw in file:
+            yield decode(raw, path, offset).rstrip("\r\n")
+            offset += len(raw)
+
+
+def records(path: Path) -> Iterator[str]:
+    """Texts of a file: lines of .txt, the "text" of each line of .jsonl or of each row of .parquet."""
+    kind = content_suffix(path)
+    if kind == ".parquet":
+        return _parquet_texts(path)
+    return _json_texts(path) if kind in (".jsonl", ".json") else lines(path)
+
+
+def content_suffix(path: Path) -> str:
+    """``.jsonl`` of ``a.jsonl.xz``."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the text files of a folder, by name. `UserError` when there is none."""
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        found = [p for p in inside if content_suffix(p) in RECORD_SUFFIXES]
+        if not found:
+            raise UserError(f"data.source: no .txt, .jsonl or .parquet files (also .xz, .gz) in {path}")
+        return found
+    if not path.exists():
+        raise UserError(f"data.source: no such file: {path}")
+    return [path]
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: expected an object with a string "text"')
+        yield text
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise UserError(f'{path}: no column "text"; columns: {", ".join(file.schema_arrow.names)}')
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from (text or "" for text in batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from None

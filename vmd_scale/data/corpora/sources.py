@@ -1,0 +1,162 @@
+"""What data.source points at, and how a stream of records becomes splits when the source has none of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data.corpora.files import files_of, records
+from vmd_scale.data.corpora.registry import SPLITS, in_twentieth, mapped_splits
+from vmd_scale.errors import UserError
+
+HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source. `is_split`: the user gave it for this very split, so that all of it belongs there."""
+
+    path: str
+    is_split: bool
+
+    @property
+    def on_hub(self) -> bool:
+        return self.path.startswith(HUB)
+
+
+def source_of(config: DataConfig, split: str) -> Source:
+    """The source of a split. `UserError` naming data.source when there is none, or none for this split."""
+    if config.source is None:
+        raise UserError(
+            f"data.source is missing; corpus {config.corpus!r} is read from a local file or folder "
+            f"or, where it is text, from 'hf:NAME'"
+        )
+    if isinstance(config.source, str):
+        return Source(config.source, is_split=False)
+    if split not in config.source:
+        raise UserError(f"data.source has no {split!r}; it has: {', '.join(config.source)}")
+    return Source(config.source[split], is_split=True)
+
+
+def local_source(config: DataConfig, split: str) -> Source:
+    """`source_of` for corpora that are files. `UserError` when it is missing or is 'hf:...'."""
+    source = source_of(config, split)
+    if source.on_hub:
+        raise UserError(f"data.source {source.path!r}: corpus {config.corpus!r} is read from local files only")
+    if not Path(source.path).exists():
+        raise UserError(f"data.source: no such file or folder: {source.path}")
+    return source
+
+
+def text_splits(config: DataConfig) -> tuple[str, ...]:
+    """Splits of a corpus of text records, see `split_records`."""
+    if isinstance(config.source, str) and config.source.startswith(HUB):
+        own = set(_hub_splits(config.source))
+        if "train" in own and "validation" not in own:
+            own |= {"validation"} if config.validation_documents else {"validation", "test"}
+        return tuple(split for split in SPLITS if split in own)
+    return mapped_splits(config, ("train", "validation") if config.validation_documents else SPLITS)
+
+
+def split_records(config: DataConfig, split: str, validation_documents: int | None) -> Iterator[str]:
+    """Texts of one split.
+
+    A ``{split: source}`` mapping and the hub's own splits are taken as they are. Else the last
+    `validation_documents` records are validation and there is no test split, or, when that is None, of every 20
+    records one is validation and one test (only validation where the hub has its own test split).
+    """
+    source = source_of(config, split)
+    if not source.on_hub:
+        files = files_of(Path(source.path))
+        if source.is_split:
+            return _chained(files)
+        if validation_documents is None:
+            return _twentieths(_chained(files), (split,))
+        count = sum(1 for _ in _chained(files))
+        return _before_or_after(lambda: _chained(files), count, split, validation_documents, config)
+    own = _hub_splits(source.path)
+    if split in own and (source.is_split or "validation" in own or split == "test"):
+        return _hub_texts(source.path, split)
+    if source.is_split and len(own) == 1:
+        return _hub_texts(source.path, own[0])
+    if "train" not in own:
+        raise UserError(f"data.source {source.path!r} has no {split!r} split; it has: {', '.join(own)}")
+    if validation_documents is not None:
+        count = _hub_count(source.path, "train")
+        return _before_or_after(lambda: _hub_texts(source.path, "train"), count, split, validation_documents, config)
+    wanted = ("train", "test") if split == "train" and "test" in own else (split,)
+    return _twentieths(_hub_texts(source.path, "train"), wanted)
+
+
+def _chained(files: Sequence[Path]) -> Iterator[str]:
+    for file in files:
+        yield from records(file)
+
+
+def _twentieths(texts: Iterator[str], splits: Sequence[str]) -> Iterator[str]:
+    # Empty records go along but have no number: a file with every other line empty would lose a whole split.
+    number = 0
+    for text in texts:
+        if any(in_twentieth(number, split) for split in splits):
+            yield text
+        number += bool(text.strip())
+
+
+def _before_or_after(
+    read: Callable[[], Iterator[str]], count: int, split: str, validation_documents: int, config: DataConfig
+) -> Iterator[str]:
+    if count <= validation_documents:
+        raise UserError(
+            f"data.validation_documents is {validation_documents:,}, but corpus {config.corpus!r} has only {count:,} "
+            "documents; it must leave some for training"
+        )
+    border = count - validation_documents
+    return islice(read(), border, None) if split == "validation" else islice(read(), border)
+
+
+def _hub_name(source: str) -> list[str]:
+    """``hf:NAME`` or ``hf:NAME:CONFIGURATION`` as the arguments of `datasets`."""
+    return source.removeprefix(HUB).split(":")
+
+
+def _hub_splits(source: str) -> tuple[str, ...]:
+    import datasets
+
+    try:
+        return tuple(datasets.get_dataset_split_names(*_hub_name(source)))
+    except Exception as error:  # no network, unknown name, gated: datasets has no common base for them
+        raise _hub_error(source, error) from None
+
+
+def _hub_count(source: str, split: str) -> int:
+    import datasets
+
+    try:
+        info = datasets.load_dataset_builder(*_hub_name(source)).info.splits
+    except Exception as error:
+        raise _hub_error(source, error) from None
+    count = info[split].num_examples if info else None
+    return count or sum(1 for _ in _hub_texts(source, split))
+
+
+def _hub_texts(source: str, split: str) -> Iterator[str]:
+    import datasets
+
+    try:
+        for record in datasets.load_dataset(*_hub_name(source), split=split, streaming=True):
+            if not isinstance(record.get("text"), str):
+                raise UserError(f'data.source {source!r}: records have no string "text"; columns: {", ".join(record)}')
+            yield record["text"]
+    except UserError:
+        raise
+    except Exception as error:
+        raise _hub_error(source, error) from None
+
+
+def _hub_error(source: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"data.source {source!r} is not to be had from the Hugging Face hub ({reason}); "
+        "download it where there is a network and give the local file or folder"
+    )

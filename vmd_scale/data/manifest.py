@@ -1,0 +1,158 @@
+"""``manifest.json``: what a folder of shards holds, how it was made, and whether it fits a configuration."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vmd_scale.config import DataConfig
+from vmd_scale.errors import UserError
+from vmd_scale.files import write_atomically
+from vmd_scale.tokenization import Tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTIAL = "manifest.partial.json"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    name: str
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Shard(Record):
+    """Rows of one token file, and the roles beside it where the split has any."""
+
+    rows: int = Field(ge=1)
+    tokens: FileRecord
+    roles: FileRecord | None = None
+
+
+class SplitRecord(Record):
+    rows: int = Field(ge=1)
+    counted_tokens: int = Field(ge=0, description="positions that may be masked: no padding, nothing given")
+    documents: int = Field(ge=0, description="documents that went in")
+    skipped_documents: int = Field(ge=0, description="empty ones, left out")
+    truncated_documents: int = Field(ge=0, description="cut off at the row's end (pad)")
+    dropped_tokens: int = Field(ge=0, description="the remainder that filled no row (wrap)")
+    characters: int = Field(ge=0, description="of the normalised text that went in")
+    utf8_bytes: int = Field(ge=0, description="of the normalised text that went in")
+    unigram_entropy: float = Field(ge=0, description="nats per counted token: what a model without context can reach")
+    shards: tuple[Shard, ...]
+
+
+class Manifest(Record):
+    format_version: int = FORMAT_VERSION
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int = Field(ge=1, description="without the mask symbol, whose id it is")
+    dtype: Literal["uint16", "uint32"]
+    row_length: int = Field(ge=2)
+    packing: Literal["wrap", "pad"]
+    row_specials: bool
+    corpus: str
+    source: str | dict[Literal["train", "validation", "test"], str] | None
+    normalizer: str
+    validation_documents: int | None
+    licence: str | None
+    splits: dict[str, SplitRecord]
+
+    @model_validator(mode="after")
+    def _fits_its_dtype(self) -> "Manifest":
+        if self.dtype != token_dtype(self.vocab_size).name and self.dtype != "uint32":
+            raise ValueError(f"dtype {self.dtype} is too small for a vocabulary of {self.vocab_size} and the mask")
+        return self
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype on disk, little-endian everywhere."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def write(self, path: Path) -> None:
+        write_atomically(path, (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode())
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id and the mask."""
+    return np.dtype(np.uint16 if vocab_size + 1 <= 1 << 16 else np.uint32)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: not prepared (names the command), preparation unfinished, newer format, or damaged.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        state = "preparation was not finished" if (folder / PARTIAL).is_file() else "no prepared shards"
+        raise UserError(
+            f"data.shards {str(folder)!r}: {state} (no {MANIFEST}); run: "
+            f"python launchers/prepare_data.py --config CONFIG.json --set data.shards={folder}"
+        )
+    return parse_manifest(folder / MANIFEST)
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read one manifest file; errors as in `read_manifest`."""
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged, not a manifest: {error!r}") from None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}; "
+            "update the program or prepare the shards again"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: damaged manifest: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def check_tokenizer(manifest: Manifest, shards: str | Path, tokenizer: Tokenizer) -> None:
+    """`UserError` when the shards were written with another tokenizer."""
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint or manifest.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"data.tokenizer {tokenizer.name!r} is not the one that the shards in {str(shards)!r} were written with: "
+            f"{manifest.tokenizer!r}, {manifest.vocab_size} symbols, "
+            f"fingerprint {manifest.tokenizer_fingerprint[:12]}; "
+            f"found {tokenizer.vocab_size} symbols, fingerprint {tokenizer.fingerprint[:12]}"
+        )
+
+
+def check_compatible(manifest: Manifest, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """`UserError` naming the key when the shards were written with other settings than the configuration's.
+
+    ``data.source: null`` takes the shards as they are, wherever they came from.
+    """
+    from vmd_scale.data.corpora import normalizer_name
+
+    check_tokenizer(manifest, config.shards, tokenizer)
+    wanted: Mapping[str, Any] = {
+        "corpus": config.corpus,
+        "row_length": config.row_length,
+        "packing": config.packing,
+        "row_specials": config.row_specials,
+        "normalizer": normalizer_name(config),
+        "validation_documents": config.validation_documents,
+        "source": manifest.source if config.source is None else config.source,
+    }
+    for key, value in wanted.items():
+        found = getattr(manifest, key)
+        if found != value:
+            raise UserError(
+                f"data.{key} is {value!r}, but the shards in {config.shards!r} were written with {found!r}; "
+                "prepare into another folder (data.shards), or again with --force"
+            )

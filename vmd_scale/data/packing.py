@@ -1,0 +1,180 @@
+"""Documents of any length become rows of exactly L tokens.
+
+wrap   documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
+pad    one document a row, cut off at L or padded to it
+ready  documents that come as tokens (puzzles) are rows already
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data.roles import Role
+from vmd_scale.errors import UserError
+from vmd_scale.tokenization import Tokenizer
+
+# Rows are handed on in batches of about so many tokens: big enough for numpy, small enough for any memory.
+BATCH_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues."""
+
+    tokens: np.ndarray
+    last: bool = True
+    ready: bool = False
+    given: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some packed rows: ids [n, L], and `Role` numbers uint8 [n, L] where some position is not ordinary."""
+
+    tokens: np.ndarray
+    roles: np.ndarray | None = None
+
+
+@dataclass
+class PackingCounts:
+    """What packing lost: documents cut off at the row's end, tokens of the remainder that filled no row."""
+
+    truncated_documents: int = 0
+    dropped_tokens: int = 0
+
+
+def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """`UserError` when the rows of this configuration cannot be made with this tokenizer."""
+    if not config.row_specials:
+        return
+    missing = [name for name in ("begin", "end") if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise UserError(
+            f"data.row_specials is true, but tokenizer {tokenizer.name!r} has no {' and no '.join(missing)} token"
+        )
+    if config.row_length < 3:
+        raise UserError(f"data.row_length must be at least 3 with data.row_specials, found {config.row_length}")
+
+
+def pack(
+    documents: Iterable[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    """Batches of rows, in the documents' order; `counts` is brought up to date on the way.
+
+    The rows depend on the stream of documents alone, not on how it was cut into batches.
+
+    Raises:
+        UserError: see `check_packing`; a ready document whose length is not data.row_length.
+    """
+    check_packing(config, tokenizer)
+    iterator = iter(documents)
+    first = next(iterator, None)
+    if first is None:
+        return iter(())
+    stream = _with_first(first, iterator)
+    if first.ready:
+        return _ready(stream, config)
+    if config.packing == "wrap":
+        return _wrap(stream, config, tokenizer, counts)
+    return _pad(stream, config, tokenizer, counts)
+
+
+def _with_first(first: EncodedDocument, rest: Iterator[EncodedDocument]) -> Iterator[EncodedDocument]:
+    yield first
+    yield from rest
+
+
+def _wrap(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    length = config.row_length - 2 if config.row_specials else config.row_length
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    buffer: list[np.ndarray] = []
+    held = 0
+    for document in documents:
+        buffer.append(document.tokens)
+        held += len(document.tokens)
+        if document.last and end:
+            buffer.append(np.array(end, dtype=document.tokens.dtype))
+            held += 1
+        if held >= max(BATCH_TOKENS, length):
+            rows, rest = _cut(np.concatenate(buffer), length)
+            yield Rows(_surround(rows, config, tokenizer))
+            buffer, held = [rest], len(rest)
+    if buffer:
+        rows, rest = _cut(np.concatenate(buffer), length)
+        counts.dropped_tokens += len(rest)
+        if len(rows):
+            yield Rows(_surround(rows, config, tokenizer))
+
+
+def _cut(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole rows [n, length] and the remainder."""
+    whole = len(tokens) // length * length
+    return tokens[:whole].reshape(-1, length), tokens[whole:]
+
+
+def _surround(rows: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
+    if not config.row_specials:
+        return rows
+    begin = np.full((len(rows), 1), tokenizer.begin_id, dtype=rows.dtype)
+    end = np.full((len(rows), 1), tokenizer.end_id, dtype=rows.dtype)
+    return np.concatenate([begin, rows, end], axis=1)
+
+
+def _pad(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    length = config.row_length - 2 if config.row_specials else config.row_length
+    lengths: list[int] = []
+    texts: list[np.ndarray] = []
+    pieces: list[np.ndarray] = []
+    for document in documents:
+        if sum(map(len, pieces)) <= length:  # further pieces would only be cut off
+            pieces.append(document.tokens)
+        if not document.last:
+            continue
+        tokens = np.concatenate(pieces)
+        pieces = []
+        counts.truncated_documents += len(tokens) > length
+        tokens = _surround(tokens[None, :length], config, tokenizer)[0]
+        texts.append(tokens)
+        lengths.append(len(tokens))
+        if len(texts) * config.row_length >= BATCH_TOKENS:
+            yield _padded(texts, lengths, config, tokenizer)
+            texts, lengths = [], []
+    if texts:
+        yield _padded(texts, lengths, config, tokenizer)
+
+
+def _padded(texts: list[np.ndarray], lengths: list[int], config: DataConfig, tokenizer: Tokenizer) -> Rows:
+    filled = np.arange(config.row_length) < np.array(lengths)[:, None]
+    tokens = np.full(filled.shape, tokenizer.pad_id or 0, dtype=texts[0].dtype)
+    tokens[filled] = np.concatenate(texts)
+    return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
+
+
+def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:
+    batch: list[EncodedDocument] = []
+    for document in documents:
+        if len(document.tokens) != config.row_length:
+            raise UserError(
+                f"data.row_length is {config.row_length}, but corpus {config.corpus!r} has rows of "
+                f"{len(document.tokens)} tokens; set data.row_length={len(document.tokens)}"
+            )
+        batch.append(document)
+        if len(batch) * config.row_length >= BATCH_TOKENS:
+            yield _stacked(batch)
+            batch = []
+    if batch:
+        yield _stacked(batch)
+
+
+def _stacked(batch: list[EncodedDocument]) -> Rows:
+    tokens = np.stack([document.tokens for document in batch])
+    if batch[0].given is None:
+        return Rows(tokens)
+    given = np.stack([document.given for document in batch if document.given is not None])
+    return Rows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))

@@ -1,0 +1,184 @@
+"""From a corpus to a folder of shards: documents -> ids -> rows -> files -> manifest.
+
+The manifest is written last. A preparation that was killed leaves ``manifest.partial.json`` with the splits it had
+finished; the next one keeps those and starts the others again. The files do not depend on data.workers.
+"""
+
+import fcntl
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data.corpora import available_splits, find_corpus, normalizer_name
+from vmd_scale.data.encode import TextCounts, encoded_documents, unigram_entropy
+from vmd_scale.data.manifest import (
+    MANIFEST,
+    PARTIAL,
+    Manifest,
+    SplitRecord,
+    check_compatible,
+    parse_manifest,
+    read_manifest,
+    token_dtype,
+)
+from vmd_scale.data.packing import PackingCounts, check_packing, pack
+from vmd_scale.data.roles import Role
+from vmd_scale.data.shards import ShardReader, SplitWriter
+from vmd_scale.errors import UserError
+from vmd_scale.tokenization import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+def prepare(
+    config: DataConfig, splits: Sequence[str] | None = None, progress: bool = True, force: bool = False
+) -> Manifest:
+    """Write the shards of `splits` (null: all that the corpus has) into data.shards; what is there already is kept.
+
+    Args:
+        progress: show a bar on stderr.
+        force: throw away what the folder holds and start again.
+
+    Raises:
+        UserError: anything wrong with the configuration or the source; a folder that holds shards made with other
+            settings; another process that is writing there.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    check_packing(config, tokenizer)
+    wanted = _wanted_splits(config, splits)
+    folder = Path(config.shards)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if force:
+            _remove(folder, None)
+        manifest = _started(folder, config, tokenizer)
+        todo = [split for split in wanted if split not in manifest.splits]
+        if not todo and not (folder / PARTIAL).is_file():
+            log.info("%s: nothing to do, %s already prepared", folder, ", ".join(wanted))
+            return manifest
+        for split in todo:
+            _remove(folder, split)
+            record = _prepare_split(config, split, tokenizer, folder, progress)
+            manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
+            manifest.write(folder / PARTIAL)
+        manifest.write(folder / MANIFEST)
+        (folder / PARTIAL).unlink(missing_ok=True)
+    return manifest
+
+
+def _wanted_splits(config: DataConfig, splits: Sequence[str] | None) -> tuple[str, ...]:
+    available = available_splits(config)
+    unknown = [split for split in splits or () if split not in available]
+    if unknown:
+        raise UserError(
+            f"splits: corpus {config.corpus!r} has no {', '.join(map(repr, unknown))} here; "
+            f"it has: {', '.join(available)}"
+        )
+    return tuple(split for split in available if not splits or split in splits)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps a second writer out; the kernel lets go of it when the holder dies, however it dies."""
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"data.shards {str(folder)!r}: another process is preparing shards there") from None
+        yield
+
+
+def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest:
+    """The manifest to go on with: the finished or the partial one of the folder, or one without splits."""
+    for name in (PARTIAL, MANIFEST):
+        if (folder / name).is_file():
+            manifest = parse_manifest(folder / name)
+            check_compatible(manifest, config, tokenizer)
+            for split in manifest.splits:
+                ShardReader(folder, split, manifest)  # all files there, with their sizes
+            return manifest
+    corpus = find_corpus(config)
+    source = dict(config.source) if isinstance(config.source, dict) else config.source
+    return Manifest(
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        dtype="uint16" if token_dtype(tokenizer.vocab_size) == np.uint16 else "uint32",
+        row_length=config.row_length,
+        packing=config.packing,
+        row_specials=config.row_specials,
+        corpus=config.corpus,
+        source=corpus.origin if source is None else source,
+        normalizer=normalizer_name(config),
+        validation_documents=config.validation_documents,
+        licence=corpus.licence,
+        splits={},
+    )
+
+
+def _remove(folder: Path, split: str | None) -> None:
+    """Delete the files of a split, or everything that a preparation writes; nothing else that may lie there."""
+    if split is None:
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
+        (folder / PARTIAL).unlink(missing_ok=True)
+    ours = re.compile(rf"({split or 'train|validation|test'})-\d{{5,}}\.(tokens|roles)(\.tmp)?")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink()
+
+
+def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder: Path, progress: bool) -> SplitRecord:
+    text, packing = TextCounts(), PackingCounts()
+    frequencies = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    rows_per_shard = max(1, config.shard_tokens // config.row_length)
+    writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), config.row_length, rows_per_shard)
+    rows = 0
+    with tqdm(desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for packed in pack(encoded_documents(config, split, tokenizer, text), config, tokenizer, packing):
+            writer.append(packed.tokens, packed.roles)
+            counted = packed.tokens if packed.roles is None else packed.tokens[packed.roles == Role.ORDINARY]
+            frequencies += np.bincount(counted.ravel(), minlength=tokenizer.vocab_size)
+            rows += len(packed.tokens)
+            bar.update(packed.tokens.size)
+    shards = writer.close()
+    if not rows:
+        raise UserError(
+            f"data.source: split {split!r} of corpus {config.corpus!r} fills no row of {config.row_length} tokens: "
+            f"{text.documents} documents, {text.skipped_documents} empty ones, {packing.dropped_tokens} tokens"
+        )
+    return SplitRecord(
+        rows=rows,
+        counted_tokens=int(frequencies.sum()),
+        documents=text.documents,
+        skipped_documents=text.skipped_documents,
+        truncated_documents=packing.truncated_documents,
+        dropped_tokens=packing.dropped_tokens,
+        characters=text.characters,
+        utf8_bytes=text.utf8_bytes,
+        unigram_entropy=unigram_entropy(frequencies),
+        shards=shards,
+    )
+
+
+def prepare_on_first_rank(config: DataConfig, rank: int) -> None:
+    """Rank 0 prepares what is missing; the others wait for its manifest. Called before the ranks can talk.
+
+    Raises:
+        UserError: as `prepare`; on the waiting ranks, shards that do not fit the configuration.
+    """
+    if rank == 0:
+        prepare(config)
+        return
+    folder = Path(config.shards)
+    while not (folder / MANIFEST).exists():
+        time.sleep(0.5)
+    check_compatible(read_manifest(folder), config, load_tokenizer(config.tokenizer))

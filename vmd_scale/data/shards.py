@@ -1,0 +1,203 @@
+"""Token files: flat, little-endian, a row after the other; written once, then memory-mapped.
+
+train-00000.tokens   uint16 or uint32 [rows, L]
+train-00000.roles    uint8 [rows, L], only where some position is not ordinary
+manifest.json        everything else
+"""
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
+from vmd_scale.errors import UserError
+from vmd_scale.files import sha256_of
+
+MAPPED_FILES = 512  # at once; the kernel limits the number of maps of a process
+
+
+class SplitWriter:
+    """Writes the shards of one split; every file gets its name when it is complete."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, row_length: int, rows_per_shard: int) -> None:
+        self._folder = folder
+        self._split = split
+        self._dtype = dtype.newbyteorder("<")
+        self._row_length = row_length
+        self._rows_per_shard = rows_per_shard
+        self._open: tuple[_HashedFile, _HashedFile | None] | None = None
+        self._rows_in_open = 0
+        self._shards: list[Shard] = []
+
+    def append(self, tokens: np.ndarray, roles: np.ndarray | None) -> None:
+        """Add rows: ids [n, L], roles uint8 [n, L] for all rows of the split or for none."""
+        while len(tokens):
+            room = self._rows_per_shard - self._rows_in_open
+            self._write(tokens[:room], None if roles is None else roles[:room])
+            tokens, roles = tokens[room:], None if roles is None else roles[room:]
+            if self._rows_in_open == self._rows_per_shard:
+                self._finish_shard()
+
+    def close(self) -> tuple[Shard, ...]:
+        """Finish the last shard."""
+        if self._open is not None:
+            self._finish_shard()
+        return tuple(self._shards)
+
+    def _write(self, tokens: np.ndarray, roles: np.ndarray | None) -> None:
+        assert tokens.shape[1] == self._row_length
+        if self._open is None:
+            stem = self._folder / f"{self._split}-{len(self._shards):05d}"
+            self._open = (
+                _HashedFile(stem.with_suffix(".tokens")),
+                None if roles is None else _HashedFile(stem.with_suffix(".roles")),
+            )
+        token_file, role_file = self._open
+        token_file.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
+        assert (role_file is None) == (roles is None)
+        if role_file is not None and roles is not None:
+            role_file.write(np.ascontiguousarray(roles, dtype=np.uint8).data)
+        self._rows_in_open += len(tokens)
+
+    def _finish_shard(self) -> None:
+        assert self._open is not None
+        token_file, role_file = self._open
+        roles = None if role_file is None else role_file.finish()
+        self._shards.append(Shard(rows=self._rows_in_open, tokens=token_file.finish(), roles=roles))
+        self._open, self._rows_in_open = None, 0
+
+
+class _HashedFile:
+    """A file under a temporary name whose checksum is taken on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115  closed by finish()
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, content: memoryview) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._bytes += content.nbytes
+
+    def finish(self) -> FileRecord:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+        return FileRecord(name=self._path.name, bytes=self._bytes, sha256=self._hash.hexdigest())
+
+
+class ShardReader:
+    """Random access to the rows of one split. Files are mapped when a row of theirs is first asked for.
+
+    Args:
+        folder: data.shards.
+        split: train, validation or test.
+        manifest: given by who has read (or received) it already; null reads it.
+        check_sizes: look at every file's size at once. Of many ranks one is enough: each checks what it maps anyway.
+
+    Raises:
+        UserError: see `read_manifest`; a split that was not prepared; a missing or truncated file.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str, manifest: Manifest | None = None, check_sizes: bool = True
+    ) -> None:
+        self.folder = Path(folder)
+        self.split = split
+        self.manifest = manifest or read_manifest(folder)
+        if split not in self.manifest.splits:
+            raise UserError(
+                f"data.shards {str(folder)!r}: no {split!r} split; prepared: {', '.join(self.manifest.splits)}"
+            )
+        self._record = self.manifest.splits[split]
+        self._shards = self._record.shards
+        self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        self.rows = self._record.rows
+        self.row_length = self.manifest.row_length
+        self.has_roles = self._shards[0].roles is not None
+        if check_sizes:
+            for file in self._files():
+                self._check_size(file)
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows by number (int64 [n]), in the order asked.
+
+        Returns:
+            ids int64 [n, L], and `Role` numbers uint8 [n, L] or None where every position is ordinary.
+
+        Raises:
+            UserError: a missing or truncated file, or an id outside the vocabulary in it.
+            IndexError: a row number outside 0 .. rows - 1.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+            raise IndexError(f"rows must lie in 0..{self.rows - 1}, found {rows.min()}..{rows.max()}")
+        tokens = np.empty((len(rows), self.row_length), dtype=np.int64)
+        roles = np.empty((len(rows), self.row_length), dtype=np.uint8) if self.has_roles else None
+        shard_of_row = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(shard_of_row):
+            shard = self._shards[number]
+            here = np.flatnonzero(shard_of_row == number)
+            inside = rows[here] - (self._ends[number] - shard.rows)
+            tokens[here] = self._map(shard.tokens, self.manifest.numpy_dtype)[inside]
+            if tokens[here].max() >= self.manifest.vocab_size:
+                raise UserError(
+                    f"{self.folder / shard.tokens.name}: token id {tokens[here].max()} is outside the vocabulary of "
+                    f"{self.manifest.vocab_size}; the file is damaged, prepare the shards again with --force"
+                )
+            if roles is not None and shard.roles is not None:
+                roles[here] = self._map(shard.roles, np.dtype(np.uint8))[inside]
+        return tokens, roles
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum. `UserError` names the one that was altered."""
+        for file in self._files():
+            self._check_size(file)
+            found = sha256_of(self.folder / file.name)
+            if found != file.sha256:
+                raise UserError(
+                    f"{self.folder / file.name}: altered since it was written: sha256 {found}, expected {file.sha256}"
+                )
+
+    def _files(self) -> list[FileRecord]:
+        return [file for shard in self._shards for file in (shard.tokens, shard.roles) if file is not None]
+
+    def _check_size(self, file: FileRecord) -> None:
+        path = self.folder / file.name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing, but the manifest names it; prepare the shards again") from None
+        if found != file.bytes:
+            raise UserError(f"{path}: truncated or altered: expected {file.bytes} bytes, found {found}")
+
+    def _map(self, file: FileRecord, dtype: np.dtype) -> np.ndarray:
+        with self._lock:  # a reader may serve the training loop and its prefetching thread
+            if file.name not in self._maps:
+                self._check_size(file)
+                self._maps[file.name] = np.memmap(self.folder / file.name, dtype=dtype, mode="r").reshape(
+                    -1, self.row_length
+                )
+                if len(self._maps) > MAPPED_FILES:
+                    self._maps.popitem(last=False)
+            self._maps.move_to_end(file.name)
+            return self._maps[file.name]
+
+
+def verify_folder(folder: str | Path) -> Manifest:
+    """Check the checksums of all prepared splits; `UserError` names the first file that is not what was written."""
+    manifest = read_manifest(folder)
+    for split in manifest.splits:
+        ShardReader(folder, split, manifest).verify()
+    return manifest

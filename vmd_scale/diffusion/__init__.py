@@ -1,0 +1,1 @@
+"""Corruption, objectives, likelihood bounds and samplers. Knows tensors and a model: no files, no DeepSpeed."""

@@ -1,0 +1,156 @@
+"""Valid bounds on the likelihood of named T-step samplers (DESIGN section 3), per row, in nats.
+
+Everything here is an upper bound on -log p_T(x0) in expectation; a sampler is named by (T, latent fixed or fresh, law
+of the paths). The training surrogate lives apart, in `vmd_surrogate`, because it bounds nothing.
+
+    elbo  one random step of one random path; KL counted once (fixed z) or at every step that reveals something (fresh)
+    iw    -log 1/K sum_k prod_over_path p(x0 | x_before, z) p(z) / q(z | x0): whole paths; falls to -log p_T(x0) with K
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmd_scale.diffusion.corruption import corrupt, masked_index, masked_share, stratified
+from vmd_scale.diffusion.noise import Noise, Stream
+from vmd_scale.diffusion.paths import reveal_steps
+from vmd_scale.diffusion.sampler import Sampler, substep
+from vmd_scale.model import VMD, Posterior
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to be scored. `numbers` name them to the noise: the result does not depend on how rows are batched."""
+
+    clean: Tensor  # int64 [B, L]
+    maskable: Tensor  # bool [B, L], the positions that are scored
+    attend: Tensor | None  # bool [B, L], false at padding
+    numbers: Tensor  # int64 [B], on the host
+
+    def to(self, device: torch.device) -> "Rows":
+        attend = None if self.attend is None else self.attend.to(device)
+        return Rows(self.clean.to(device), self.maskable.to(device), attend, self.numbers)
+
+
+def elbo(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, total_rows: int, draw: int = 0) -> Tensor:
+    """Negative ELBO of each row by one random step; float64 [B], nats.
+
+    Args:
+        rows: on the host.
+        total_rows: rows in the whole evaluation set: times are stratified over it.
+        draw: number of the draw; other numbers give independent estimates.
+    """
+    fresh = sampler.latent == "fresh"
+    one = _score_one_step(model, rows, sampler.steps, sampler.law, noise, total_rows, draw, encode_all=not fresh)
+    kl_weight = one.reveals if fresh else one.any_maskable
+    return (one.weight * one.nll + kl_weight * one.kl).sum(-1).cpu()
+
+
+def vmd_surrogate(model: VMD, rows: Rows, noise: Noise, total_rows: int, law: str, draw: int = 0) -> Tensor:
+    """The surrogate objective of the VMD and VADD papers, per row in nats. NOT a bound: for published tables only."""
+    one = _score_one_step(model, rows, math.inf, law, noise, total_rows, draw, encode_all=False)
+    return (one.weight * (one.nll + one.any_masked * one.kl)).sum(-1).cpu()
+
+
+@torch.no_grad()
+def importance_weighted(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samples: int, draw: int = 0) -> Tensor:
+    """IW-K bound of each row (arXiv 1509.00519, over latents and paths together); float64 [B], nats.
+
+    Costs K * T forwards. Each sample scores a whole path, so that it is an unbiased estimate of p_T(x0): a noisy
+    estimate of an inner bound must never stand under the logarithm of the mean.
+    """
+    logs = [path_log_weight(model, rows, sampler, noise, draw * samples + k) for k in range(samples)]
+    return math.log(samples) - torch.stack(logs).logsumexp(0)
+
+
+@torch.no_grad()
+def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, sample: int) -> Tensor:
+    """log of prod_i p(x0_i | x before i, z) * p(z) / q(z | x0) for one drawn path and z; float64 [B].
+
+    In the block variant all blocks walk their paths at once: each sees only the clean blocks before it.
+    """
+    a, device = model.architecture, next(model.parameters()).device
+    batch, groups = len(rows.clean), a.groups
+    u = noise.uniform(Stream.PATH, sample, rows.numbers, (groups, a.row_length // groups))
+    in_groups = rows.maskable.view(u.shape)
+    steps, total = reveal_steps(u, in_groups, sampler.steps, sampler.law)
+    steps = steps.reshape(batch, -1)
+    on = rows.to(device)
+    result = torch.zeros(batch, dtype=torch.float64, device=device)
+    z = None
+    if a.latent_width and sampler.latent == "fixed":
+        z, log_ratio = _draw(model.encode(on.clean, on.maskable, on.attend), _epsilon(model, rows, noise, sample))
+        result += (log_ratio * on.maskable.view(batch, groups, -1).any(-1)).sum(-1)
+    for k in range(total, 0, -1):
+        revealed = steps == k
+        if not revealed.any():
+            continue
+        masked = (steps <= k) & rows.maskable
+        on_masked, on_revealed = masked.to(device), revealed.to(device)
+        if a.latent_width and sampler.latent == "fresh":
+            posterior = model.encode(on.clean, on_masked, on.attend)
+            z, log_ratio = _draw(posterior, _epsilon(model, rows, noise, substep(sample, k)))
+            result += (log_ratio * on_revealed.view(batch, groups, -1).any(-1)).sum(-1)
+        ratio = masked_share(masked, rows.maskable, groups).to(device)
+        noisy = on.clean.masked_fill(on_masked, a.mask_id)
+        nll = model.token_nll(on.clean, noisy, masked_index(revealed).to(device), z, on.attend, ratio)
+        result -= nll.double().sum(-1)
+    return result.cpu()
+
+
+class _OneStep(NamedTuple):
+    """What one corrupted state tells about each group; all float64 or bool [B, G]."""
+
+    nll: Tensor  # summed over masked positions
+    kl: Tensor  # zero without a latent
+    weight: Tensor
+    reveals: Tensor
+    any_masked: Tensor
+    any_maskable: Tensor
+
+
+@torch.no_grad()
+def _score_one_step(
+    model: VMD, rows: Rows, steps: float, law: str, noise: Noise, total_rows: int, draw: int, encode_all: bool
+) -> _OneStep:
+    a, device = model.architecture, next(model.parameters()).device
+    u_time = stratified(noise, draw, rows.numbers, total_rows, a.groups)
+    u_path = noise.uniform(Stream.PATH, draw, rows.numbers, (a.groups, a.row_length // a.groups))
+    c = corrupt(rows.clean, rows.maskable, torch.full_like(u_time, steps), u_time, u_path, law, a.mask_id)
+    on, masked = rows.to(device), c.masked.to(device)
+    nll, posterior = model(
+        on.clean,
+        c.noisy.to(device),
+        c.index.to(device),
+        on.maskable if encode_all else masked,
+        _epsilon(model, rows, noise, draw),
+        on.attend,
+        c.ratio.to(device),
+    )
+    per_group = nll.double().unflatten(1, (a.groups, -1)).sum(-1)
+    return _OneStep(
+        nll=per_group,
+        kl=torch.zeros_like(per_group) if posterior is None else posterior.kl().double(),
+        weight=c.weight.double().to(device),
+        reveals=c.reveals.double().to(device),
+        any_masked=masked.view(len(nll), a.groups, -1).any(-1),
+        any_maskable=on.maskable.view(len(nll), a.groups, -1).any(-1),
+    )
+
+
+def _draw(posterior: Posterior, epsilon: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z and log p(z) - log q(z) of each group, float64 [B, G]."""
+    assert epsilon is not None
+    z = posterior.sample(epsilon)
+    return z, posterior.log_ratio_to_prior(z).double()
+
+
+def _epsilon(model: VMD, rows: Rows, noise: Noise, step: int) -> Tensor | None:
+    a = model.architecture
+    if not a.latent_width:
+        return None
+    shape = (a.groups, a.latent_width)
+    return noise.normal(Stream.LATENT, step, rows.numbers, shape).to(next(model.parameters()).device)

@@ -1,0 +1,123 @@
+"""The training objectives (DESIGN section 3), on inputs that were prepared on the host.
+
+    nelbo   E_{T, k} E_{q(z | x0)}    [ w * sum_masked -log p(x0 | xt, z) ]  +      KL( q(z | x0)    || p(z) )
+    vmd     E_t      E_{q(z | x0, m)} [ 1/t * ( sum_masked -log p(x0 | xt, z) + lambda KL( q(z | x0, m) || p(z) ) ) ]
+
+`nelbo` is the negative of a valid lower bound on the likelihood of the T-step sampler. `vmd` is the surrogate of
+arXiv 2510.23606 and 2505.17384: it trains good few-step samplers and bounds nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from vmd_scale.diffusion.corruption import Corruption, choose_steps, corrupt, stratified
+from vmd_scale.diffusion.noise import Noise, Stream
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Everything random about a micro-batch, decided: the loss is a deterministic function of this and the weights."""
+
+    clean: Tensor  # int64 [B, L]
+    maskable: Tensor  # bool [B, L]: counted in the loss
+    attend: Tensor | None  # bool [B, L], false at padding
+    noisy: Tensor  # int64 [B, L]
+    index: Tensor  # int64 [N]
+    encoder_mask: Tensor  # bool [B, L]: the pattern m that the encoder reads
+    epsilon: Tensor | None  # fp32 [B, G, d_z]
+    nll_weight: Tensor  # fp32 [B, G]
+    kl_weight: Tensor  # fp32 [B, G], without the annealing factor
+    ratio: Tensor  # fp32 [B, G]
+    dropout_seed: int
+
+    def to(self, device: torch.device) -> "TrainingInputs":
+        if device.type == "cpu":
+            return self
+        tensors: dict[str, Any] = {
+            f.name: value.pin_memory().to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over the rows of a micro-batch, in nats; `total` carries the gradient, the others are for telemetry."""
+
+    total: Tensor  # reconstruction + annealing factor * KL (less free bits)
+    reconstruction: Tensor
+    kl: Tensor
+    tokens: Tensor  # counted positions
+
+
+class Objective:
+    """Prepares inputs on the host and computes the loss from them."""
+
+    def __init__(
+        self,
+        kind: str,
+        steps: Sequence[float],
+        law: str,
+        groups: int,
+        latent_width: int,
+        mask_id: int,
+        noise: Noise,
+        free_bits: float = 0.0,
+    ) -> None:
+        self.kind, self.steps, self.law = kind, tuple(steps), law
+        self.groups, self.latent_width, self.mask_id = groups, latent_width, mask_id
+        self.noise, self.free_bits = noise, free_bits
+
+    def prepare(
+        self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int
+    ) -> TrainingInputs:
+        """Draw T, t, masks and latent noise for rows at `positions` of the global batch of a training step."""
+        batch, length = clean.shape
+        choices = self.steps if self.kind == "nelbo" else (float("inf"),)
+        u = stratified(self.noise, step, positions, global_batch, self.groups)
+        total, u_time = choose_steps(u, choices)
+        u_path = self.noise.uniform(Stream.PATH, step, positions, (self.groups, length // self.groups))
+        c: Corruption = corrupt(clean, maskable, total, u_time, u_path, self.law, self.mask_id)
+        epsilon = None
+        if self.latent_width:
+            epsilon = self.noise.normal(Stream.LATENT, step, positions, (self.groups, self.latent_width))
+        if self.kind == "nelbo":
+            encoder_mask = maskable
+            kl_weight = maskable.view(batch, self.groups, -1).any(-1).float()
+        else:
+            encoder_mask = c.masked
+            kl_weight = c.weight * c.masked.view(batch, self.groups, -1).any(-1)
+        return TrainingInputs(
+            clean=clean,
+            maskable=maskable,
+            attend=attend,
+            noisy=c.noisy,
+            index=c.index,
+            encoder_mask=encoder_mask,
+            epsilon=epsilon,
+            nll_weight=c.weight,
+            kl_weight=kl_weight,
+            ratio=c.ratio,
+            dropout_seed=self.noise.integer(Stream.TOKEN, step, int(positions[0])),
+        )
+
+    def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
+        """The loss of one micro-batch. `model` is a `VMD`, or an engine around one."""
+        nll, posterior = model(x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
+        per_group = nll.unflatten(1, (self.groups, -1)).sum(-1)  # [B, G]
+        reconstruction = (x.nll_weight * per_group).sum()
+        if posterior is None:
+            kl = total = reconstruction.new_zeros(())
+            total = reconstruction
+        else:
+            per_group_kl = posterior.kl()
+            kl = (x.kl_weight * per_group_kl).sum()
+            paid = (x.kl_weight * (per_group_kl - self.free_bits).clamp(min=0)).sum() if self.free_bits else kl
+            total = reconstruction + annealing * paid
+        return Loss(total, reconstruction.detach(), kl.detach(), x.maskable.sum())

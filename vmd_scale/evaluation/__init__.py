@@ -1,0 +1,1 @@
+"""Named protocols and the numbers they give. Never trains."""

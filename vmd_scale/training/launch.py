@@ -1,0 +1,107 @@
+"""Who am I in this job? Started by deepspeed, torchrun, srun or plain python, the answer has one form."""
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup  # gloo: agreement between ranks without touching a GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, mine: bool) -> bool:
+        """True on every rank if it is true on any."""
+        flag = torch.tensor(int(mine))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.host_group)
+        return bool(flag)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+
+def rank_from_environment() -> int:
+    """This process' rank, before anything is initialised."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _under_srun() else 0))
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks, before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1) if _under_srun() else 1))
+
+
+def join_world() -> World:
+    """Initialise torch.distributed through DeepSpeed and choose this rank's device and number of threads."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ.update({key: value for key, value in _environment().items() if key not in os.environ})
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    backend = get_accelerator().communication_backend_name() if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    group = dist.new_group(backend="gloo")
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, group)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _under_srun() -> bool:
+    """srun sets the number of tasks of the step; the batch script itself is no step of ours."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "0")) > 1
+
+
+def _environment() -> dict[str, str]:
+    """RANK and its siblings, for the ways to start that do not set them."""
+    if "RANK" in os.environ:
+        return {}
+    if _under_srun():
+        return {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+            "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+        }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first name in Slurm's compact form: ``gpu[007-010,12],x1`` -> ``gpu007``."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    if match is None:
+        raise ValueError(f"not a Slurm node list: {nodelist!r}")
+    return match.group(1) + (match.group(2) or "")

@@ -1,0 +1,126 @@
+"""What a run says of itself: metrics.jsonl always, a log file, a progress bar, and wandb when asked."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from vmd_scale.config import Config
+from vmd_scale.files import write_atomically
+
+METRICS, EVALUATIONS, LOG = "metrics.jsonl", "evaluations.jsonl", "log.txt"
+log = logging.getLogger(__name__)
+
+
+def start_logging(run_folder: Path, rank: int) -> None:
+    """Rank 0 logs to the terminal and ``log.txt``; the others only what went wrong."""
+    root = logging.getLogger("vmd_scale")
+    root.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    root.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if rank == 0:
+        handlers.append(logging.FileHandler(run_folder / LOG, encoding="utf-8"))
+    root.handlers.clear()
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
+        root.addHandler(handler)
+
+
+class Telemetry:
+    """Rank 0's record of the run. On other ranks, every method does nothing."""
+
+    def __init__(self, run_folder: Path, config: Config, is_main: bool, first_step: int) -> None:
+        self._folder, self._is_main = run_folder, is_main
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        if not is_main:
+            return
+        for name in (METRICS, EVALUATIONS):
+            drop_records_after(run_folder / name, first_step)
+        self._bar = tqdm(
+            total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1.0
+        )
+        self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger("vmd_scale")])
+        self._redirect.__enter__()
+        if config.telemetry.wandb != "disabled":
+            self._wandb = _start_wandb(run_folder, config)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One object a logged step, in ``metrics.jsonl``."""
+        if not self._is_main:
+            return
+        self._append(METRICS, record)
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, KL {record['kl']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+            )
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One object a bound, in ``evaluations.jsonl``."""
+        if self._is_main:
+            self._append(EVALUATIONS, record)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._redirect.__exit__(None, None, None)
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with open(self._folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({f"{name.removesuffix('.jsonl')}/{k}": v for k, v in record.items()}, step=record["step"])
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Forget what a killed run wrote after its last checkpoint: these steps are made again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a kill tore
+        return float("inf")
+
+
+def _start_wandb(run_folder: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        log.warning("telemetry.wandb is %r, but wandb is not installed; going on without", config.telemetry.wandb)
+        return None
+    return wandb.init(
+        project=config.telemetry.wandb_project,
+        dir=str(run_folder),
+        mode=config.telemetry.wandb,
+        name=run_folder.name,
+        config=config.model_dump(mode="json"),
+    )
+
+
+class Stopwatch:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed
