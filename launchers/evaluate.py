@@ -3,9 +3,10 @@
     python launchers/evaluate.py --checkpoint runs/text8 --protocol text8 --steps 1,4,16,inf
     python launchers/evaluate.py --checkpoint runs/text8 --steps 1,4 --k 16 --rows 512 --json bounds.json
 
-Every number is an upper bound (in expectation) on the negative log-likelihood of the sampler that it names: T steps,
-latent fixed or fresh. K = 1 is the ELBO by one random step; K > 1 the importance-weighted bound over whole paths, which
-costs K x T forwards. --surrogate adds the training surrogate of the VMD and VADD papers, which bounds nothing.
+Every number is an upper bound (in expectation) on the negative log-likelihood of the sampler that it names: T steps (in
+each block, for block diffusion), latent fixed or fresh. K = 1 is the ELBO by one random step; K > 1 the
+importance-weighted bound over whole paths, which costs K x T forwards. --surrogate adds the training surrogate of the
+VMD and VADD papers, which bounds nothing.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import load_trained
-from vmd_scale.config import parse_step_list
+from vmd_scale.config import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError, reports_user_errors
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
     )
-    parser.add_argument("--k", type=int, default=1, help="importance samples; more is tighter and dearer")
+    parser.add_argument("--k", default="1", metavar="K,K,...", help="importance samples; more is tighter and dearer")
     parser.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
     parser.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
@@ -45,13 +46,14 @@ def main() -> None:
     args = parser.parse_args()
 
     protocol, steps = get_protocol(args.protocol), parse_step_list(args.steps, "--steps")
+    samples = parse_counts(args.k, "--k")
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
     request = Request(
         protocol=protocol.name,
         split=args.split,
         steps=steps,
         latent=args.latent,
-        k=args.k,
+        samples=samples,
         draws=args.draws,
         rows=args.rows,
         paths=trained.config.diffusion.paths,

@@ -37,9 +37,11 @@ def main() -> None:
     elif args.preview:
         from vmd_scale.data.prepare import prepare
         from vmd_scale.preview import preview
+        from vmd_scale.training.launch import rank_from_environment
 
-        prepare(config.data)
-        print(preview(config, load_tokenizer(config.data.tokenizer)))
+        if rank_from_environment() == 0:
+            prepare(config.data)
+            print(preview(config, load_tokenizer(config.data.tokenizer)))
     else:
         sys.exit(run(config, args.output or Path("runs") / Path(args.config).stem, args.resume))
 
@@ -65,7 +67,7 @@ def run(config: Config, output: Path, resume: str) -> int:
     from vmd_scale.checkpoints import whole_checkpoints
     from vmd_scale.data.prepare import prepare_on_first_rank
     from vmd_scale.training.launch import join_world, leave_world, rank_from_environment
-    from vmd_scale.training.loop import check_before_start, pretrain
+    from vmd_scale.training.loop import check_before_start, pretrain, verify_shards
     from vmd_scale.training.telemetry import start_logging
 
     if resume == "never" and whole_checkpoints(output / "checkpoints"):
@@ -73,10 +75,11 @@ def run(config: Config, output: Path, resume: str) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
     prepare_on_first_rank(config.data, rank_from_environment())
-    output.mkdir(parents=True, exist_ok=True)
     world = join_world()
-    start_logging(output, world.rank)
     try:
+        verify_shards(config, world)
+        output.mkdir(parents=True, exist_ok=True)
+        start_logging(output, world.rank)
         return pretrain(config, output, world, tokenizer)
     finally:
         leave_world()

@@ -44,6 +44,17 @@ def parse_step_list(text: str, option: str) -> tuple[float, ...]:
     return step_values([part if part == "inf" else int(part) for part in parts])
 
 
+def parse_counts(text: str, option: str) -> tuple[int, ...]:
+    """``1,4,16`` of a command line.
+
+    Raises:
+        UserError: names the option.
+    """
+    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
+        raise UserError(f"{option} {text!r}: expected positive whole numbers, such as 1,4,16")
+    return tuple(int(part) for part in text.split(","))
+
+
 class Section(BaseModel):
     """Unknown keys, wrong types and later mutation are errors."""
 
@@ -192,6 +203,12 @@ class Config(Section):
                 f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
                 "scope 'block' needs a block size, scope 'row' none"
             )
+        for key in ("zero_optimization", "bf16", "fp16"):
+            if not isinstance(self.deepspeed.get(key, {}), dict):
+                raise ValueError(f"deepspeed.{key} must be an object, found {self.deepspeed[key]!r}")
+        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        if type(stage) is not int or stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
         return self
 
     @property
@@ -236,7 +253,7 @@ def parse_config(values: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_explain(e, values) for e in error.errors())) from None
+        raise UserError(f"{origin}: {_explain(error.errors())}") from None
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -283,22 +300,40 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _explain(error: Any, values: dict[str, Any]) -> str:
-    """One pydantic error in this project's words: key, what was found, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(part for part in location if part in _all_keys() or part.isdigit())
-    if error["type"] == "extra_forbidden":
-        owner = _section_at(location[:-1])
-        allowed = sorted(owner.model_fields) if owner else []
-        everywhere = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {everywhere[0]!r}?" if everywhere else f"allowed: {', '.join(allowed)}"
-        return f"unknown key {'.'.join(location)!r}; {hint}"
-    if error["type"] == "missing":
-        return f"missing key {'.'.join(location)!r}"
-    if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
-        return f"{key}: {message}" if key else message
-    return f"{key or '.'.join(location)}: {error['msg'][0].lower() + error['msg'][1:]}, found {error['input']!r}"
+def _explain(errors: Sequence[Any]) -> str:
+    """Pydantic's errors in this project's words: key, what was found, what is allowed."""
+    messages: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for error in errors:
+        location = [str(part) for part in error["loc"]]
+        if error["type"] == "extra_forbidden":
+            messages[_unknown_key(location)] = []
+        elif error["type"] == "missing":
+            messages[f"missing key {'.'.join(location)!r}"] = []
+        elif error["type"] == "value_error":
+            messages[str(error["ctx"]["error"])] = []
+        else:  # a key of several allowed types gives one error for each of them
+            key = ".".join(part for part in location if part in _all_keys() or part.isdigit())
+            messages.setdefault(key, []).append(error["msg"][0].lower() + error["msg"][1:])
+            found[key] = f", found {error['input']!r}"
+    return "; ".join(f"{key}: {' or '.join(m)}{found[key]}" if m else key for key, m in messages.items())
+
+
+def _unknown_key(location: Sequence[str]) -> str:
+    """Names the nearest valid key: of the same section, else of any other."""
+    section = _section_at(location[:-1])
+    allowed = sorted(section.model_fields) if section else []
+    near = [".".join((*location[:-1], leaf)) for leaf in difflib.get_close_matches(location[-1], allowed, n=1)]
+    if not near:
+        leaves = {leaf: f"{name}.{leaf}" for name in Config.model_fields for leaf in _fields_of(name)}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(location[-1], leaves, n=1)]
+    hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+    return f"unknown key {'.'.join(location)!r}; {hint}"
+
+
+def _fields_of(name: str) -> list[str]:
+    section = _section_at([name])
+    return list(section.model_fields) if section else []
 
 
 def _section_at(path: Sequence[str]) -> type[BaseModel] | None:

@@ -23,7 +23,7 @@ MASK = 99
 
 
 def corrupt_many(count, maskable, steps, law, seed=0):
-    """`count` copies of one row (one group), with times on an even grid (an exact integral over time) and random paths."""
+    """`count` copies of a row of one group: times on an even grid (an exact integral over time) and random paths."""
     length = len(maskable)
     rows = torch.arange(count)
     u_time = ((rows.double() + 0.5) / count)[:, None]
@@ -39,14 +39,22 @@ def corrupt_many(count, maskable, steps, law, seed=0):
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.integers(1, 3000), st.integers(1, 4), st.integers(0, 50))
 def test_times_are_spread_over_the_global_batch(total, groups, step):
-    """One time in each of the total * groups cells of the circle, at one offset: systematic sampling."""
+    """In each group, one time in each of `total` cells of the circle, at one offset: systematic sampling."""
     u = stratified(Noise(1), step, torch.arange(total), total, groups)
     assert u.shape == (total, groups)
     assert u.dtype == torch.float64
     assert bool(((u > 0) & (u < 1)).all())
-    strata = total * groups
-    gaps = u.flatten().sort().values.diff() * strata
+    gaps = u.sort(0).values.diff(dim=0) * total
     assert torch.allclose(gaps, torch.ones_like(gaps), atol=1e-6)
+
+
+def test_blocks_of_a_row_have_independent_times():
+    """All pairs of cells of two blocks' times come up over the steps, equally often (chi-square, 24 degrees)."""
+    steps = 2000
+    u = torch.cat([stratified(Noise(6), s, torch.tensor([3]), 8, 2) for s in range(steps)])
+    cells = (u * 5).long()
+    counts = torch.bincount(cells[:, 0] * 5 + cells[:, 1], minlength=25).double()
+    assert ((counts - steps / 25).square() / (steps / 25)).sum() < 24 + 4 * 48**0.5
 
 
 @pytest.mark.parametrize("micro", [8, 16, 64])
@@ -70,7 +78,7 @@ def test_times_do_not_depend_on_the_micro_batch():
 
 @pytest.mark.parametrize(("total", "groups"), [(1, 1), (6, 1), (4, 2), (32, 1)])
 def test_every_row_has_a_uniform_time_over_the_draws(total, groups):
-    """Without this the estimate of a row's bound is biased: a row that always gets large t is scored at large t only."""
+    """Else the estimate of a row's bound is biased: a row that always gets large t is scored at large t only."""
     draws = 800
     u = torch.stack([stratified(Noise(4), d, torch.arange(total), total, groups) for d in range(draws)])
     assert (u.mean(0) - 0.5).abs().max().item() < 4.5 * math.sqrt(1 / 12 / draws)
@@ -123,8 +131,8 @@ def test_the_ends_of_the_uniform_choose_valid_steps():
 )
 def test_the_parts_of_a_corruption_agree(batch, groups, size, steps, law, seed):
     rows = torch.arange(batch)
-    maskable = Noise(seed).uniform(Stream.TOKEN, 0, rows, (groups * size,)) < 0.7
-    clean = (Noise(seed).uniform(Stream.TOKEN, 1, rows, (groups * size,)) * 5).long()
+    maskable = Noise(seed).uniform(Stream.SAMPLE_TOKEN, 0, rows, (groups * size,)) < 0.7
+    clean = (Noise(seed).uniform(Stream.SAMPLE_TOKEN, 1, rows, (groups * size,)) * 5).long()
     u_path = Noise(seed).uniform(Stream.PATH, 0, rows, (groups, size))
     u_time = Noise(seed).uniform(Stream.TIME, 0, rows, (groups,))
     c = corrupt(clean, maskable, torch.full_like(u_time, steps), u_time, u_path, law, MASK)

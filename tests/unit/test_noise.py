@@ -72,7 +72,7 @@ def test_everything_in_the_name_of_a_number_matters():
 
 def test_uniform_is_uniform_and_uncorrelated():
     n = 200_000
-    u = Noise(11).uniform(Stream.TOKEN, 9, torch.arange(n // 8), (8,))
+    u = Noise(11).uniform(Stream.SAMPLE_TOKEN, 9, torch.arange(n // 8), (8,))
     flat = u.flatten()
     for power in (1, 2, 3, 4):
         sigma = math.sqrt((1 / (2 * power + 1) - 1 / (power + 1) ** 2) / n)
@@ -109,8 +109,8 @@ def test_normal_is_normal():
 
 
 def test_integer_is_one_of_the_stream():
-    values = [Noise(s).integer(Stream.TOKEN, step, row) for s in (0, 1) for step in (0, 1) for row in (0, 1)]
+    values = [Noise(s).integer(Stream.SAMPLE_TOKEN, step, row) for s in (0, 1) for step in (0, 1) for row in (0, 1)]
     assert len(set(values)) == 8
     assert all(isinstance(v, int) and 0 <= v < 2**52 for v in values)
-    u = Noise(1).uniform(Stream.TOKEN, 1, np.array([1]), (1,)).item()
+    u = Noise(1).uniform(Stream.SAMPLE_TOKEN, 1, np.array([1]), (1,)).item()
     assert abs(values[-1] / 2**52 - u) < 2**-51

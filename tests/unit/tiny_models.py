@@ -47,15 +47,14 @@ def loud(model, seed=0):
             elif "embedding" in name or "position" in name or "pattern" in name:
                 std = 1.0
             else:
-                louder = 2.0 if "latent_to" in name or "modulation" in name or "head" in name else 1.2
-                std = louder / math.sqrt(parameter.shape[1])
+                std = (1.8 if "latent_to" in name or "head" in name else 1.1) / math.sqrt(parameter.shape[1])
             if std:
                 parameter.normal_(0, std, generator=generator)
         if model.encoder is not None:  # near the prior and a little wider: importance weights stay bounded
             out, width = model.encoder.out, model.architecture.latent_width
-            out.weight.mul_(0.7)
+            out.weight.mul_(0.4)
             out.weight[width:].mul_(0.3)
-            out.bias[width:] = 0.2
+            out.bias[width:] = 0.3
     return model.eval()
 
 
@@ -97,7 +96,7 @@ class Enumeration:
     Integrals over z are sums on a grid (the trapezoid rule converges exponentially for smooth integrands).
     """
 
-    def __init__(self, model, points=161):
+    def __init__(self, model, points=257):
         self.model, self.a = model, model.architecture
         self.rows = sequences(self.a.vocab_size, self.a.row_length)
         self.size = self.a.row_length // self.a.groups
@@ -156,7 +155,8 @@ class Enumeration:
         means, stds, kls = {}, {}, dict.fromkeys(subsets(self.size), 0.0)
         if self.a.latent_width:
             for m in subsets(self.size):
-                q = self.model.encode(self.rows, torch.tensor(m if latent == "fresh" else everything).expand_as(self.rows))
+                pattern = torch.tensor(m if latent == "fresh" else everything).expand_as(self.rows)
+                q = self.model.encode(self.rows, pattern)
                 means[m], stds[m] = q.mean.double().view(-1, 1), q.log_std.double().exp().view(-1, 1)
                 normal = torch.distributions.Normal(means[m], stds[m])
                 standard = torch.distributions.Normal(torch.zeros_like(means[m]), torch.ones_like(stds[m]))

@@ -56,8 +56,7 @@ def prepare(
     check_packing(config, tokenizer)
     wanted = _wanted_splits(config, splits)
     folder = Path(config.shards)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with _made(folder), _lock(folder):
         if force:
             _remove(folder, None)
         manifest = _started(folder, config, tokenizer)
@@ -67,7 +66,11 @@ def prepare(
             return manifest
         for split in todo:
             _remove(folder, split)
-            record = _prepare_split(config, split, tokenizer, folder, progress)
+            try:
+                record = _prepare_split(config, split, tokenizer, folder, progress)
+            except UserError:
+                _remove(folder, split)
+                raise
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
             manifest.write(folder / PARTIAL)
         manifest.write(folder / MANIFEST)
@@ -84,6 +87,21 @@ def _wanted_splits(config: DataConfig, splits: Sequence[str] | None) -> tuple[st
             f"it has: {', '.join(available)}"
         )
     return tuple(split for split in available if not splits or split in splits)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there; if it was made for input that turns out to be bad, it goes again."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except UserError:
+        if made and all(path.name == LOCK for path in folder.iterdir()):
+            (folder / LOCK).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
+        raise
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -127,7 +128,7 @@ class ShardReader:
         self.row_length = self.manifest.row_length
         self.has_roles = self._shards[0].roles is not None
         if check_sizes:
-            for file in self._files():
+            for file in self.files():
                 self._check_size(file)
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -160,9 +161,9 @@ class ShardReader:
                 roles[here] = self._map(shard.roles, np.dtype(np.uint8))[inside]
         return tokens, roles
 
-    def verify(self) -> None:
-        """Read every file and compare its checksum. `UserError` names the one that was altered."""
-        for file in self._files():
+    def verify(self, files: Sequence[FileRecord] | None = None) -> None:
+        """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
+        for file in self.files() if files is None else files:
             self._check_size(file)
             found = sha256_of(self.folder / file.name)
             if found != file.sha256:
@@ -170,7 +171,7 @@ class ShardReader:
                     f"{self.folder / file.name}: altered since it was written: sha256 {found}, expected {file.sha256}"
                 )
 
-    def _files(self) -> list[FileRecord]:
+    def files(self) -> list[FileRecord]:
         return [file for shard in self._shards for file in (shard.tokens, shard.roles) if file is not None]
 
     def _check_size(self, file: FileRecord) -> None:

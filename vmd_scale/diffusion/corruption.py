@@ -28,19 +28,19 @@ class Corruption:
 def stratified(noise: Noise, step: int, positions: Tensor, total: int, groups: int) -> Tensor:
     """Uniforms in (0, 1) that are evenly spread over all `total` rows of a global batch (or evaluation set).
 
-    Systematic sampling: one shared offset, one stratum per (row, group). Strata are dealt out by a lattice, so that
-    each micro-batch is evenly spread too, whichever rank it falls on.
+    Systematic sampling: in each group, the rows stand at equal distances on a circle that is turned by a random angle,
+    so that every single number is uniform. Rows are dealt out by a lattice, so that each micro-batch is evenly spread
+    too, whichever rank it falls on.
 
     Returns:
         float64 [B, G].
     """
-    strata = total * groups
-    multiplier = round(strata * (math.sqrt(5) - 1) / 2) or 1
-    while math.gcd(multiplier, strata) > 1:
+    multiplier = round(total * (math.sqrt(5) - 1) / 2) or 1
+    while math.gcd(multiplier, total) > 1:
         multiplier += 1
-    number = positions[:, None] * groups + torch.arange(groups)
-    offset = noise.uniform(Stream.TIME, step, torch.zeros(1, dtype=torch.int64), (1,)).item()
-    return ((number * multiplier % strata).double() + offset) / strata
+    offsets = noise.uniform(Stream.TIME, step, torch.zeros(1, dtype=torch.int64), (groups,))
+    places = (positions * multiplier % total).double() / total
+    return ((places[:, None] + offsets) % 1).clamp(2**-53, 1 - 2**-53)
 
 
 def choose_steps(u: Tensor, choices: Sequence[float]) -> tuple[Tensor, Tensor]:

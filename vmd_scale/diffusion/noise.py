@@ -25,7 +25,10 @@ class Stream(IntEnum):
     TIME = 0
     PATH = 1
     LATENT = 2
-    TOKEN = 3
+    DROPOUT = 3
+    SAMPLE_PATH = 4  # a sample's own, so that scoring it with the same seed does not meet the noise that made it
+    SAMPLE_LATENT = 5
+    SAMPLE_TOKEN = 6
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

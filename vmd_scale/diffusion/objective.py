@@ -104,7 +104,7 @@ class Objective:
             nll_weight=c.weight,
             kl_weight=kl_weight,
             ratio=c.ratio,
-            dropout_seed=self.noise.integer(Stream.TOKEN, step, int(positions[0])),
+            dropout_seed=self.noise.integer(Stream.DROPOUT, step, int(positions[0])),
         )
 
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:

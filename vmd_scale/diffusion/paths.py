@@ -43,13 +43,11 @@ def reveal_steps(u: Tensor, maskable: Tensor, steps: float, law: str) -> tuple[T
         s, int64 [B, G, L / G], in 1..T at maskable positions and 0 elsewhere; and T, made finite (where nothing
         more can be gained: at most one position a step).
     """
-    most = max(1, int(maskable.sum(-1).max()))
-    if law == "balanced" or steps == math.inf:
-        ranks = random_ranks(u, maskable)
-        if steps >= most:
-            return ranks, most
-        count = maskable.sum(-1, keepdim=True).clamp(min=1)
-        # masked before step k  <=>  rank <= floor(k n / T)  <=>  k >= ceil(rank T / n)
-        total = int(steps)
-        return (ranks * total + count - 1) // count, total
-    return (u * steps).long().add_(1).masked_fill_(~maskable, 0), int(steps)
+    if law == "bernoulli" and steps != math.inf:
+        return (u * steps).long().add_(1).masked_fill_(~maskable, 0), int(steps)
+    ranks = random_ranks(u, maskable)
+    total = int(min(steps, max(1, int(maskable.sum(-1).max()))))
+    count = maskable.sum(-1, keepdim=True).clamp(min=1)
+    # Masked before step k  <=>  rank <= floor(k n / T)  <=>  k >= ceil(rank T / n). A group with fewer positions than
+    # steps reveals one a step, the last ones first: its steps do not depend on the groups beside it.
+    return torch.where(count <= total, ranks, (ranks * total + count - 1) // count), total

@@ -55,9 +55,11 @@ def sample(
     if maskable is None:
         maskable = torch.ones(batch, a.row_length, dtype=torch.bool)
     x = torch.full((batch, a.row_length), a.mask_id) if given is None else given.masked_fill(maskable, a.mask_id)
-    u_path = noise.uniform(Stream.PATH, 0, numbers, (groups, a.row_length // groups))
+    u_path = noise.uniform(Stream.SAMPLE_PATH, 0, numbers, (groups, a.row_length // groups))
     steps, total = reveal_steps(u_path, maskable.view(u_path.shape), sampler.steps, sampler.law)
-    u_token = noise.uniform(Stream.TOKEN, 0, numbers, (a.row_length,)).to(device)  # a position is drawn only once
+    u_token = noise.uniform(Stream.SAMPLE_TOKEN, 0, numbers, (a.row_length,)).to(
+        device
+    )  # a position is drawn only once
     on_attend = None if attend is None else attend.to(device)
     x, on_maskable = x.to(device), maskable.to(device)
     z = _prior(model, noise, numbers, 0)
@@ -95,4 +97,4 @@ def _prior(model: VMD, noise: Noise, numbers: Tensor, step: int) -> Tensor | Non
     if not a.latent_width:
         return None
     device = next(model.parameters()).device
-    return noise.normal(Stream.LATENT, step, numbers, (a.groups, a.latent_width)).to(device)
+    return noise.normal(Stream.SAMPLE_LATENT, step, numbers, (a.groups, a.latent_width)).to(device)

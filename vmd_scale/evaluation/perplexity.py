@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Request:
     split: str
     steps: tuple[float, ...]
     latent: str = "fixed"
-    k: int = 1
+    samples: tuple[int, ...] = (1,)  # K
     draws: int = 1
     rows: int | None = None
     paths: str = "balanced"
@@ -80,15 +81,15 @@ def chosen_rows(total: int, limit: int | None) -> np.ndarray:
 def evaluate(
     model: VMD, reader: ShardReader, request: Request, weights: str, step: int, rank: int = 0, world_size: int = 1
 ) -> list[Result]:
-    """One `Result` for each T of the request, the same on every rank.
+    """One `Result` for each K and T of the request, the same on every rank.
 
     Rows are dealt out to the ranks, each exactly once; the result does not depend on their number.
 
     Raises:
-        UserError: fewer than two rows, K < 1, or a fresh latent asked of a model that has none.
+        UserError: fewer than two rows, no draws, or a latent that is neither fixed nor fresh.
     """
-    if request.k < 1 or request.draws < 1:
-        raise UserError(f"--k {request.k}, --draws {request.draws}: both must be at least 1")
+    if request.draws < 1:
+        raise UserError(f"--draws {request.draws}: must be at least 1")
     if request.latent not in ("fixed", "fresh"):
         raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
     rows = chosen_rows(reader.rows, request.rows)
@@ -99,22 +100,18 @@ def evaluate(
     results = []
     surrogate = None
     if request.surrogate:
-        surrogate = _mean_and_error(
-            *_score(
-                reader,
-                rows,
-                mine,
-                request.micro_batch,
-                world_size,
-                lambda some: vmd_surrogate(model, some, noise, len(rows), request.paths),
-            )
-        )[0]
-    for steps in request.steps:
+
+        def score_surrogate(some: Rows) -> torch.Tensor:
+            return vmd_surrogate(model, some, noise, len(rows), request.paths)
+
+        nats, tokens = _score(reader, rows, mine, request.micro_batch, world_size, score_surrogate)
+        surrogate, _ = _mean_and_error(nats, tokens)
+    for k, steps in product(request.samples, request.steps):
         sampler = Sampler(steps, request.latent, request.paths)
 
-        def score(some: Rows, sampler: Sampler = sampler) -> torch.Tensor:
-            if request.k > 1:
-                draws = [importance_weighted(model, some, sampler, noise, request.k, d) for d in range(request.draws)]
+        def score(some: Rows, k: int = k, sampler: Sampler = sampler) -> torch.Tensor:
+            if k > 1:
+                draws = [importance_weighted(model, some, sampler, noise, k, d) for d in range(request.draws)]
             else:
                 draws = [elbo(model, some, sampler, noise, len(rows), d) for d in range(request.draws)]
             return torch.stack(draws).mean(0)
@@ -127,8 +124,8 @@ def evaluate(
                 split=request.split,
                 steps="inf" if math.isinf(steps) else int(steps),
                 latent=request.latent if model.architecture.latent_width else "none",
-                k=request.k,
-                bound="iw" if request.k > 1 else "elbo",
+                k=k,
+                bound="iw" if k > 1 else "elbo",
                 nats_per_token=mean,
                 bits_per_token=mean / math.log(2),
                 perplexity=math.exp(min(mean, 700.0)),
@@ -152,13 +149,17 @@ def _score(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats and counted tokens of all rows, float64 and int64 [n], gathered from all ranks."""
     nats, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    for batch_start in range(0, len(mine), micro_batch):
-        numbers = mine[batch_start : batch_start + micro_batch]
+    most = -(-len(rows) // world_size)  # rows of the rank that has most
+    for batch_start in range(0, most, micro_batch):
+        dealt = mine[batch_start : batch_start + micro_batch]
+        # Under ZeRO-3 a forward is a collective: a rank that has no rows left goes along with one that is not counted.
+        numbers = dealt if len(dealt) else np.zeros(1, dtype=np.int64)
         (batch,) = evaluation_batches(reader, rows[numbers], micro_batch)
         maskable, attend = masks_of(batch)
         some = Rows(batch.tokens, maskable, attend, torch.from_numpy(numbers))
-        nats[numbers] = score(some).numpy()
-        tokens[numbers] = maskable.sum(-1).numpy()
+        scored = score(some).numpy()
+        if len(dealt):
+            nats[dealt], tokens[dealt] = scored, maskable.sum(-1).numpy()
     if world_size > 1:
         shares: list[Any] = [None] * world_size
         dist.all_gather_object(shares, (nats, tokens))

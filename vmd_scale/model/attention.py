@@ -42,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str)
     if kernel == "reference":
         scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: a row may be all padding
         out = scores.softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

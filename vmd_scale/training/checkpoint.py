@@ -58,14 +58,22 @@ class Checkpointer:
         return final
 
     def find_latest(self) -> Path | None:
-        """The newest checkpoint that is whole; torn ones are reported and passed over. The same on all ranks."""
+        """The newest checkpoint that is whole, the same on all ranks. Damaged ones are reported and set aside."""
+        found = None
         for candidate in reversed(whole_checkpoints(self.folder)):
             problem = self._verify(candidate)
             if problem is None:
-                return candidate
+                found = candidate
+                break
             if self.world.is_main:
-                log.error("checkpoint %s is damaged (%s); trying the one before", candidate, problem)
-        return None
+                aside = candidate.with_name(f"damaged-{candidate.name}")  # else pruning would count it as the newest
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(candidate, aside)
+                log.error("checkpoint %s is damaged (%s): set aside as %s", candidate, problem, aside.name)
+        if self.world.is_main and found is not None:
+            write_atomically(self.folder / LATEST, found.name + "\n")
+        self.world.barrier()
+        return found
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore engine and EMA from a verified checkpoint; returns its run state.
@@ -104,8 +112,8 @@ class Checkpointer:
             for fragment in self.master.fragments:
                 values = file.get_tensor(f"ema/{fragment.name}/{fragment.start}")
                 fragment_values(fragment, self.ema.partitions).copy_(values)
-        if not self.master.fragments or int(self.engine.zero_optimization_stage()) == 0:
-            for partition in self.ema.partitions:  # stage 0: only rank 0 has them on disk
+        if int(self.engine.zero_optimization_stage()) == 0:  # only rank 0 has them on disk
+            for partition in self.ema.partitions:
                 dist.broadcast(partition, src=0)
 
     def _weights_file(self) -> str:

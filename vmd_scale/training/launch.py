@@ -3,7 +3,9 @@
 import os
 import re
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,6 +51,8 @@ def join_world() -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
+    os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
     os.environ.update({key: value for key, value in _environment().items() if key not in os.environ})
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():

@@ -13,14 +13,16 @@ from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.diffusion.objective import TrainingInputs
+from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Request, evaluate
 from vmd_scale.files import write_atomically
 from vmd_scale.planning import masked_share, peak_flops, training_flops_per_token
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
-from vmd_scale.training.engine import build_engine, deepspeed_config, resolve_precision
+from vmd_scale.training.engine import build_engine, check_zero_section, deepspeed_config, resolve_precision
 from vmd_scale.training.launch import World, world_size_from_environment
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
@@ -222,6 +224,23 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     return code
 
 
+def verify_shards(config: Config, world: World) -> None:
+    """All ranks together compare the checksums of the shards that the run will read.
+
+    Raises:
+        UserError: on every rank, naming the file that is not what was written.
+    """
+    splits = ("train", "validation") if config.evaluation.every else ("train",)
+    answers: list[Any] = [None] * world.size
+    mine = verify_share(config.data.shards, splits, world.rank, world.size)
+    dist.all_gather_object(answers, mine, group=world.host_group)
+    for problem, _ in answers:
+        if problem is not None:
+            raise UserError(problem)
+    if world.is_main:
+        remember(config.data.shards, [good for _, good in answers])
+
+
 def check_before_start(config: Config) -> None:
     """What can be known to be wrong before ranks meet and memory is taken.
 
@@ -230,3 +249,4 @@ def check_before_start(config: Config) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deepspeed_config(config, world_size_from_environment(), resolve_precision(config, device))
+    check_zero_section(config)

@@ -1,0 +1,115 @@
+"""The whole path on a small corpus that every Python brings along: from text to exported weights and a report.
+
+    python launchers/quickstart.py            about four minutes on two CPU cores, offline
+
+Interrupted and called again, it goes on where it was: a step whose result is newer than what it was made from is not
+made again. Everything lands in quickstart/.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vmd_scale.checkpoints import find_checkpoint, whole_checkpoints
+from vmd_scale.config import load_config
+from vmd_scale.data.manifest import read_manifest
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.files import write_json
+
+LAUNCHERS = Path(__file__).resolve().parent
+CONFIG = LAUNCHERS.parent / "configs" / "quickstart.json"
+FOLDER = Path("quickstart")
+RUN, EXPORTED = FOLDER / "run", FOLDER / "exported"
+
+
+@reports_user_errors
+def main() -> None:
+    config = load_config(CONFIG)
+    shards = Path(config.data.shards)
+    say("shards of the embedded corpus")
+    python("prepare_data.py", "--config", CONFIG)
+    unigram = read_manifest(shards).splits["validation"].unigram_entropy / torch.log(torch.tensor(2.0)).item()
+
+    say("pretraining by the deepspeed launcher")
+    done = whole_checkpoints(RUN / "checkpoints")
+    if not done or done[-1].name != f"step-{config.training.steps:08d}":
+        pretrain()
+    trained = find_checkpoint(RUN) / "manifest.json"
+
+    say("bounds on the validation split")
+    evaluation = RUN / "evaluation.json"
+    if is_older(evaluation, trained):
+        bound = ("evaluate.py", "--checkpoint", RUN)
+        python(*bound, "--steps", "1,4,16,64,inf", "--draws", "4", "--json", RUN / "elbo.json")
+        python(*bound, "--steps", "1,4", "--k", "4,16", "--rows", "256", "--json", RUN / "iw.json")
+        write_json(RUN / "facts.json", {"unigram_bits_per_token": unigram})
+        write_json(evaluation, [r for name in ("elbo", "iw") for r in json.loads((RUN / f"{name}.json").read_text())])
+    results = json.loads(evaluation.read_text())
+
+    say("samples")
+    if is_older(RUN / "samples.json", trained):
+        python("sample.py", "--checkpoint", RUN, "--steps", "1,4,16,64", "--count", "4", "--json", RUN / "samples.json")
+
+    say("export")
+    if is_older(EXPORTED / "config.json", evaluation):
+        python("export.py", "--checkpoint", RUN, "--output", EXPORTED, "--evaluation", evaluation)
+
+    say("report")
+    python("report.py", RUN)
+
+    print(f"\nvalidation bits per character (unigram entropy {unigram:.4f})")
+    print(f"{'T':>6} {'K':>4} {'bits':>8} {'+-':>7}")
+    for r in results:
+        error = r["bits_per_token"] / r["nats_per_token"] * r["standard_error"]
+        print(f"{r['steps']:>6} {r['k']:>4} {r['bits_per_token']:>8.4f} {error:>7.4f}")
+    print("\nwhat            where")
+    for what, where in (
+        ("shards", shards),
+        ("run, metrics", RUN / "metrics.jsonl"),
+        ("checkpoints", RUN / "checkpoints"),
+        ("bounds", evaluation),
+        ("samples", RUN / "samples.json"),
+        ("exported model", EXPORTED),
+        ("report", RUN / "report.html"),
+    ):
+        print(f"{what:<15} {where}")
+
+
+def pretrain() -> None:
+    """Two ranks on CPU, all GPUs where there are some; as a user would start it."""
+    ranks = torch.cuda.device_count() or 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    arguments = ["--num_gpus", str(ranks), "--master_port", str(port), str(LAUNCHERS / "pretrain.py")]
+    call([str(deepspeed), *arguments, "--config", str(CONFIG), "--output", str(RUN)])
+
+
+def python(launcher: str, *arguments: str | Path) -> None:
+    call([sys.executable, str(LAUNCHERS / launcher), *map(str, arguments)])
+
+
+def call(command: list[str]) -> None:
+    print("$ " + " ".join(command), flush=True)
+    environment = os.environ if torch.cuda.is_available() else {**os.environ, "DS_ACCELERATOR": "cpu"}
+    code = subprocess.run(command, env=environment).returncode
+    if code:
+        raise UserError(f"exit code {code} from: {' '.join(command)}")
+
+
+def is_older(target: Path, source: Path) -> bool:
+    return not target.exists() or target.stat().st_mtime < source.stat().st_mtime
+
+
+def say(what: str) -> None:
+    print(f"\n== {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""A run that is killed, stopped or damaged ends as if nothing had happened; what cannot go on says why.
+
+One uninterrupted run of two ranks is what all others are compared with.
+"""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_in_processes
+
+from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+
+LAST = 12
+# Bounds at so many T that the evaluation after step 7 takes seconds: a signal sent when step 6 is seen finds the run
+# before its end.
+LINGER = ("evaluation.every=7", "evaluation.steps=" + ",".join(map(str, range(1, 200))))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(lab, runs) -> Path:
+    """The uninterrupted run, by the launcher that DeepSpeed's users use."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [str(deepspeed), "--num_gpus", "2", "--master_port", str(lab.free_port())]
+    finished = lab.command([*command, *lab.pretrain_arguments(runs / "whole")])
+    assert finished.code == 0, finished.text[-3000:]
+    return runs / "whole"
+
+
+@pytest.fixture(scope="module")
+def killed(lab, runs, whole) -> dict:
+    """SIGKILL to both ranks after step 6, then the same command again."""
+    run = lab.start(runs / "killed", *LINGER)
+    wait_for_step(lab, runs / "killed", 6)
+    run.signal(signal.SIGKILL)
+    codes = [rank.code for rank in run.wait()]
+    records = lab.metrics(runs / "killed")
+    lab.pretrain(runs / "killed")
+    return {"folder": runs / "killed", "codes": codes, "records": records}
+
+
+@pytest.fixture(scope="module")
+def stopped(lab, runs, whole) -> dict:
+    """SIGTERM to one rank of two after step 6, then the same command again."""
+    run = lab.start(runs / "stopped", *LINGER)
+    wait_for_step(lab, runs / "stopped", 6)
+    run.processes[1].send_signal(signal.SIGTERM)
+    finished = run.wait()
+    records, checkpoint = lab.metrics(runs / "stopped"), find_checkpoint(runs / "stopped")
+    lab.pretrain(runs / "stopped")
+    return {"folder": runs / "stopped", "finished": finished, "records": records, "checkpoint": checkpoint.name}
+
+
+@pytest.fixture(scope="module")
+def evaluated(lab, runs, whole) -> Path:
+    """The same seed again, by torchrun, with evaluations and one checkpoint kept."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    settings = ("evaluation.every=5", "training.keep_checkpoints=1")
+    finished = lab.command([*command, str(lab.free_port()), *lab.pretrain_arguments(runs / "evaluated", *settings)])
+    assert finished.code == 0, finished.text[-3000:]
+    return runs / "evaluated"
+
+
+@pytest.fixture(scope="module")
+def one_rank(lab, runs) -> Path:
+    """One process, started by plain python."""
+    finished = lab.command([sys.executable, *lab.pretrain_arguments(runs / "one")])
+    assert finished.code == 0, finished.text[-3000:]
+    return runs / "one"
+
+
+@pytest.fixture(scope="module")
+def damaged(lab, runs, whole) -> dict:
+    """A run whose newest checkpoint has a flipped bit and the one before lost its end, asked to stop at once."""
+    folder = runs / "damaged"
+    shutil.copytree(whole, folder)
+    flip_a_bit(folder / "checkpoints" / "step-00000012" / "weights-00001-of-00002.safetensors")
+    torn = folder / "checkpoints" / "step-00000008" / "deepspeed" / "mp_rank_00_model_states.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    leftover = folder / "checkpoints" / ".staging-step-00000012"  # what a kill in the middle of a save leaves
+    leftover.mkdir()
+    (leftover / "weights-00000-of-00002.safetensors").write_bytes(b"half")
+    (folder / "STOP").touch()
+    finished = lab.pretrain(folder, "training.keep_checkpoints=1", expect=75)
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    newest = load_weights(find_checkpoint(folder), "raw")
+    (folder / "STOP").unlink()
+    lab.pretrain(folder)
+    return {"folder": folder, "text": finished[0].text, "checkpoints": checkpoints, "latest": latest, "newest": newest}
+
+
+def die_in_save(arguments: list[str], place: str) -> None:
+    """pretrain.py, killed while it saves step 8: before the folder gets its name, or before `latest` points to it."""
+    from vmd_scale.training import checkpoint
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as all other runs
+    save = checkpoint.Checkpointer.save
+
+    def doomed_save(self, step, state):
+        if step == 8:
+            owner = checkpoint.os if place == "rename" else checkpoint
+            setattr(owner, place, lambda *_: os._exit(9))
+        return save(self, step, state)
+
+    checkpoint.Checkpointer.save = doomed_save
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    path = folder / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < step:
+        assert time.monotonic() < deadline, f"{path} has not come to step {step}"
+        time.sleep(0.02)
+
+
+def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Sizes and times of change of a run's files, the log and the pointer apart."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", "latest"))
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def assert_same_run(lab, folder: Path, other: Path) -> None:
+    """Metrics of every step and final weights, bit for bit."""
+    assert lab.metrics(folder) == lab.metrics(other)  # json keeps every bit of a float
+    assert [record["step"] for record in lab.metrics(folder)] == list(range(1, LAST + 1))
+    for kind in ("ema", "raw"):
+        found, wanted = load_weights(find_checkpoint(folder), kind), load_weights(find_checkpoint(other), kind)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_run_learns_something_and_its_records_are_complete(lab, whole):
+    records = lab.metrics(whole, timed=True)
+    assert np.mean(lab.losses(whole)[-3:]) < np.mean(lab.losses(whole)[:3])
+    wanted = {"step", "tokens", "loss", "reconstruction", "kl", "kl_weight", "lr", "grad_norm", "skipped_steps"}
+    assert all(wanted | {"tokens_per_second", "mfu", "data_wait_fraction"} == record.keys() for record in records)
+    assert [record["tokens"] for record in records] == [256 * (n + 1) for n in range(LAST)]
+    assert json.loads((whole / "config.json").read_text())["training"]["steps"] == LAST
+
+
+def test_a_run_killed_without_warning_goes_on_bit_for_bit(lab, whole, killed):
+    assert killed["codes"] == [-signal.SIGKILL] * 2
+    assert 6 <= killed["records"][-1]["step"] < LAST  # on the way: what came after step 4 was lost
+    assert_same_run(lab, killed["folder"], whole)
+
+
+def test_sigterm_to_any_rank_writes_a_checkpoint_and_exits_with_75_on_all(lab, stopped):
+    assert [rank.code for rank in stopped["finished"]] == [75, 75]
+    last = stopped["records"][-1]["step"]
+    assert 6 <= last < LAST
+    assert stopped["checkpoint"] == f"step-{last:08d}"
+    assert f"checkpoint of step {last} written" in stopped["finished"][0].text
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(lab, whole, stopped):
+    assert_same_run(lab, stopped["folder"], whole)
+
+
+def test_the_same_seed_gives_the_same_run_and_evaluations_change_nothing(lab, whole, evaluated):
+    assert_same_run(lab, evaluated, whole)
+    records = [json.loads(line) for line in (evaluated / "evaluations.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["steps"]) for record in records] == [(5, 1), (5, "inf"), (10, 1), (10, "inf")]
+    assert {(record["rows"], record["weights"], record["bound"]) for record in records} == {(9, "ema", "elbo")}
+    assert not (whole / "evaluations.jsonl").exists()
+
+
+def test_another_seed_gives_another_run(lab, runs, whole):
+    lab.pretrain(runs / "seed", "training.seed=1", "training.steps=2", ranks=1)
+    assert abs(lab.losses(runs / "seed")[0] - lab.losses(whole)[0]) > 1e-4
+
+
+def test_one_rank_sees_the_same_rows_noise_and_dropout_as_two(lab, whole, one_rank):
+    """Accumulation 2 instead of two ranks: equal but for the order of summation."""
+    np.testing.assert_allclose(lab.losses(one_rank), lab.losses(whole), rtol=1e-5)
+    found, wanted = load_weights(find_checkpoint(one_rank), "ema"), load_weights(find_checkpoint(whole), "ema")
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
+
+
+def test_latest_names_a_whole_checkpoint_and_old_ones_are_thrown_away(whole, evaluated):
+    for folder, kept in ((whole, [4, 8, 12]), (evaluated, [12])):
+        names = [path.name for path in whole_checkpoints(folder / "checkpoints")]
+        assert names == [f"step-{step:08d}" for step in kept]
+        assert (folder / "checkpoints" / "latest").read_text().strip() == names[-1]
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {*names, "latest"}
+
+
+@pytest.mark.parametrize(("place", "newest"), [("rename", 4), ("write_atomically", 8)])
+def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest):
+    folder = runs / f"dies-in-{place}"
+    with pytest.raises(RuntimeError, match="died without a word"):
+        run_in_processes(die_in_save, 1, lab.pretrain_arguments(folder), place)
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    assert find_checkpoint(folder).name == f"step-{newest:08d}"
+    finished = lab.pretrain(folder, ranks=1)
+    assert f"step-{newest:08d} at step {newest}" in finished[0].text
+    assert_same_run(lab, folder, one_rank)
+    assert not list((folder / "checkpoints").glob(".staging-*"))
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(damaged):
+    assert "step-00000012 is damaged (weights-00001-of-00002.safetensors was altered" in damaged["text"]
+    assert "step-00000008 is damaged (mp_rank_00_model_states.pt has" in damaged["text"]
+    assert "step-00000004 at step 4" in damaged["text"]
+
+
+def test_a_damaged_checkpoint_never_pushes_out_a_whole_one(damaged):
+    """One is kept: the one just written, though the damaged ones have higher numbers. Half a save is cleared away."""
+    kept = ["damaged-step-00000008", "damaged-step-00000012", "latest", "step-00000005"]
+    assert (damaged["checkpoints"], damaged["latest"]) == (kept, "step-00000005")
+    assert damaged["newest"]
+
+
+def test_after_damage_the_run_is_made_again_bit_for_bit(lab, whole, damaged):
+    assert_same_run(lab, damaged["folder"], whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.width=64"], "model.width is 64, but .*step-00000012 was trained with 32; choose another --output"),
+        ([], "step-00000012 was written with world_size 2, this run has 1; start it as before"),
+    ],
+    ids=["width", "world-size"],
+)
+def test_what_cannot_be_resumed_is_refused_in_one_line(lab, runs, whole, settings, message):
+    before = files_of(whole)
+    (finished,) = lab.pretrain(whole, "training.steps=20", *settings, ranks=1, expect=2)
+    (line,) = finished.errors
+    assert re.search(message, line)
+    assert "Traceback" not in finished.text
+    assert files_of(whole) == before
+
+
+def test_a_finished_run_has_nothing_to_do(lab, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    finished = lab.pretrain(whole)
+    assert "nothing to do: 12 steps are done" in finished[0].text
+    assert (whole / "metrics.jsonl").read_bytes() == before
