@@ -7,6 +7,7 @@ made again. Everything lands in quickstart/.
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -33,7 +34,7 @@ def main() -> None:
     shards = Path(config.data.shards)
     say("shards of the embedded corpus")
     python("prepare_data.py", "--config", CONFIG)
-    unigram = read_manifest(shards).splits["validation"].unigram_entropy / torch.log(torch.tensor(2.0)).item()
+    unigram = read_manifest(shards).splits["validation"].unigram_entropy / math.log(2)
 
     say("pretraining by the deepspeed launcher")
     done = whole_checkpoints(RUN / "checkpoints")
@@ -42,14 +43,12 @@ def main() -> None:
     trained = find_checkpoint(RUN) / "manifest.json"
 
     say("bounds on the validation split")
-    evaluation = RUN / "evaluation.json"
+    evaluation, by_k = RUN / "evaluation.json", RUN / "by_k.json"
     if is_older(evaluation, trained):
         bound = ("evaluate.py", "--checkpoint", RUN)
-        python(*bound, "--steps", "1,4,16,64,inf", "--draws", "4", "--json", RUN / "elbo.json")
-        python(*bound, "--steps", "1,4", "--k", "4,16", "--rows", "256", "--json", RUN / "iw.json")
+        python(*bound, "--steps", "1,4", "--k", "1,4,16", "--rows", "256", "--json", by_k)
         write_json(RUN / "facts.json", {"unigram_bits_per_token": unigram})
-        write_json(evaluation, [r for name in ("elbo", "iw") for r in json.loads((RUN / f"{name}.json").read_text())])
-    results = json.loads(evaluation.read_text())
+        python(*bound, "--steps", "1,4,16,64,inf", "--draws", "4", "--json", evaluation)
 
     say("samples")
     if is_older(RUN / "samples.json", trained):
@@ -62,17 +61,18 @@ def main() -> None:
     say("report")
     python("report.py", RUN)
 
-    print(f"\nvalidation bits per character (unigram entropy {unigram:.4f})")
-    print(f"{'T':>6} {'K':>4} {'bits':>8} {'+-':>7}")
-    for r in results:
-        error = r["bits_per_token"] / r["nats_per_token"] * r["standard_error"]
-        print(f"{r['steps']:>6} {r['k']:>4} {r['bits_per_token']:>8.4f} {error:>7.4f}")
+    print(f"\nvalidation bits per character; the unigram entropy is {unigram:.4f}")
+    print(f"{'T':>6} {'K':>4} {'bits':>8} {'+-':>7} {'rows':>6}")
+    for r in json.loads(evaluation.read_text()) + json.loads(by_k.read_text()):
+        error = r["standard_error"] / math.log(2)
+        print(f"{r['steps']:>6} {r['k']:>4} {r['bits_per_token']:>8.4f} {error:>7.4f} {r['rows']:>6}")
     print("\nwhat            where")
     for what, where in (
         ("shards", shards),
         ("run, metrics", RUN / "metrics.jsonl"),
         ("checkpoints", RUN / "checkpoints"),
         ("bounds", evaluation),
+        ("bounds by K", by_k),
         ("samples", RUN / "samples.json"),
         ("exported model", EXPORTED),
         ("report", RUN / "report.html"),

@@ -34,7 +34,7 @@ class Desk:
 
     def __init__(self, lab, folder: Path) -> None:
         self.folder, self.shards, self.config = folder, folder / "shards", folder / "config.json"
-        shutil.copytree(lab.shards, self.shards)
+        shutil.copytree(lab.shards, self.shards, ignore=shutil.ignore_patterns(".verified.json"))
         self.values = json.loads(lab.config.read_text())
         self.values["data"]["shards"] = str(self.shards)
         self.write(self.values)
@@ -236,7 +236,7 @@ def test_a_real_process_says_one_line_and_exits_with_2(lab, desk):
 def test_evaluation_sampling_and_export(refused, desk):
     empty = desk.folder / "nothing"
     line = refused("evaluate", "--checkpoint", empty, "--protocol", "wikitex")
-    assert "--protocol 'wikitex': no such protocol; allowed: rows, text8, " in line
+    assert "protocol 'wikitex' does not exist; allowed: rows, text8, " in line
     for launcher, more in (("evaluate", ()), ("sample", ()), ("export", ("--output", desk.folder / "out"))):
         assert f"--checkpoint {empty}: no checkpoint there; expected a run folder" in refused(
             launcher, "--checkpoint", empty, *more

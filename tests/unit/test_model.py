@@ -317,7 +317,7 @@ def test_positions_are_told_apart_where_everything_is_masked():
     clean = torch.tensor([[0, 1, 2]] * 8)
     x = {**inputs(model, rows=8, share=1.0), "clean": clean}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(5):
+    for _ in range(20):
         optimizer.zero_grad()
         nll, posterior = model(**x)
         (nll.sum() + posterior.kl().sum()).backward()

@@ -60,9 +60,7 @@ def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("packing", ["wrap", "pad"])
-def test_output_does_not_depend_on_workers(
-    packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_does_not_depend_on_workers(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
     write_text(tmp_path, 1000)
     one = data(tmp_path, packing=packing, shards=str(tmp_path / "one"))

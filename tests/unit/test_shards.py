@@ -177,7 +177,7 @@ def test_other_settings_than_the_shards(prepared: DataConfig, key: str, value: o
 
 
 def test_wrong_tokenizer(prepared: DataConfig) -> None:
-    with pytest.raises(UserError, match=r"not the one the shards .* were written with"):
+    with pytest.raises(UserError, match=r"not the one that the shards .* were written with"):
         check_compatible(read_manifest(prepared.shards), prepared, load_tokenizer("sudoku"))
 
 

@@ -58,5 +58,5 @@ PROTOCOLS = {
 
 def get_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
-        raise UserError(f"--protocol {name!r}: no such protocol; allowed: {', '.join(PROTOCOLS)}")
+        raise UserError(f"protocol {name!r} does not exist; allowed: {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

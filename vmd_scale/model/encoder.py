@@ -49,8 +49,9 @@ class Encoder(nn.Module):
             for _ in range(a.encoder_layers)
         )
         self.norm = Norm(width, a.norm)
-        self.out = nn.Linear(width, 2 * a.latent_width)  # starts small: q is nearly the prior, the KL nearly zero
+        self.out = nn.Linear(width, 2 * a.latent_width)
         initialize(self, a.encoder_layers)
+        nn.init.normal_(self.out.weight, std=0.02)  # q starts near the prior, the KL near zero
 
     def forward(self, clean: Tensor, masked: Tensor, attend: Tensor | None) -> Posterior:
         """q(z | x0, m). A group without a masked position gets some posterior, which nothing may use.

@@ -91,14 +91,21 @@ class Block(nn.Module):
 
 
 def initialize(module: nn.Module, residual_layers: int) -> None:
-    """GPT-2's initialisation: N(0, 0.02), projections back into the residual stream scaled by 1/sqrt(2 layers)."""
+    """N(0, 1 / (4 fan-in)) for matrices: GPT-2's 0.02 at its width, and not too little for small models.
+
+    Projections back into the residual stream are scaled by 1 / sqrt(2 layers); embeddings get 0.02; modulations start
+    at zero, so that a conditioned block starts as an unconditioned one.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dim() < 2:
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
         elif "modulation" in name:
             nn.init.zeros_(parameter)
-        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * residual_layers))
-        else:
+        elif name.startswith(("embedding.", "position.", "pattern.")):
             nn.init.normal_(parameter, std=0.02)
+        else:
+            std = 0.5 / math.sqrt(parameter.shape[1])
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                std /= math.sqrt(2 * residual_layers)
+            nn.init.normal_(parameter, std=std)

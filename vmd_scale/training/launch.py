@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def join_world() -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls by DeepSpeed
     beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
     os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
     os.environ.update({key: value for key, value in _environment().items() if key not in os.environ})
@@ -60,8 +62,9 @@ def join_world() -> World:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = get_accelerator().communication_backend_name() if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo")

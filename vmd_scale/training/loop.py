@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch.distributed as dist
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
+from vmd_scale.data.manifest import read_manifest
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Request, evaluate
+from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import write_atomically
 from vmd_scale.planning import masked_share, peak_flops, training_flops_per_token
 from vmd_scale.tokenization import Tokenizer
@@ -174,20 +177,22 @@ class Trainer:
         """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run."""
         evaluation = self.config.evaluation
         self.engine.eval()
-        request = Request(
-            protocol="rows",
-            split="validation",
-            steps=step_values(evaluation.steps),
-            rows=evaluation.rows,
-            paths=self.config.diffusion.paths,
-            micro_batch=self.config.training.micro_batch,
-        )
         reader = ShardReader(self.config.data.shards, "validation")
-        if self.ema is None:
-            results = evaluate(self.engine.module, reader, request, "raw", done, self.world.rank, self.world.size)
-        else:
-            with self.ema.applied():
-                results = evaluate(self.engine.module, reader, request, "ema", done, self.world.rank, self.world.size)
+        weights = "raw" if self.ema is None else "ema"
+        results = []
+        with nullcontext() if self.ema is None else self.ema.applied():
+            for protocol in evaluation.protocols or ("rows",):
+                request = Request(
+                    protocol=protocol,
+                    split="validation",
+                    steps=step_values(evaluation.steps),
+                    rows=evaluation.rows,
+                    paths=self.config.diffusion.paths,
+                    micro_batch=self.config.training.micro_batch,
+                )
+                results += evaluate(
+                    self.engine.module, reader, request, weights, done, self.world.rank, self.world.size
+                )
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
@@ -228,9 +233,13 @@ def verify_shards(config: Config, world: World) -> None:
     """All ranks together compare the checksums of the shards that the run will read.
 
     Raises:
-        UserError: on every rank, naming the file that is not what was written.
+        UserError: on every rank, naming the file that is not what was written, or the protocol that does not fit.
     """
-    splits = ("train", "validation") if config.evaluation.every else ("train",)
+    splits = ["train"]
+    if config.evaluation.every:
+        splits.append("validation")
+        for protocol in config.evaluation.protocols:
+            get_protocol(protocol).check(read_manifest(config.data.shards))
     answers: list[Any] = [None] * world.size
     mine = verify_share(config.data.shards, splits, world.rank, world.size)
     dist.all_gather_object(answers, mine, group=world.host_group)
@@ -245,8 +254,10 @@ def check_before_start(config: Config) -> None:
     """What can be known to be wrong before ranks meet and memory is taken.
 
     Raises:
-        UserError: contradictions with the number of ranks, the precision or the `deepspeed` section.
+        UserError: contradictions with the number of ranks, the precision or the `deepspeed` section; unknown protocols.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deepspeed_config(config, world_size_from_environment(), resolve_precision(config, device))
     check_zero_section(config)
+    for protocol in config.evaluation.protocols:
+        get_protocol(protocol)

@@ -1,0 +1,138 @@
+"""The report page: whole, self-contained, escaped, and made from whatever a run folder holds so far."""
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from vmd_scale.config import load_config
+from vmd_scale.errors import UserError
+from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.report import read_run, write_report
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NASTY = "<script>alert('z')</script> & co"
+
+
+def metrics(step):
+    keys = ("tokens", "loss", "reconstruction", "kl", "lr", "grad_norm", "tokens_per_second", "mfu")
+    return {"step": step, **dict.fromkeys(keys, 1.5), "kl_weight": 1.0, "data_wait_fraction": 0.0, "skipped_steps": 0}
+
+
+def result(steps, **changes):
+    plain = Result(
+        protocol="rows",
+        split="validation",
+        steps=steps,
+        latent="fixed",
+        k=1,
+        bound="elbo",
+        nats_per_token=2.0,
+        bits_per_token=2.885,
+        perplexity=7.389,
+        standard_error=0.01,
+        tokens=640,
+        rows=10,
+        weights="ema",
+        step=20,
+        paths="balanced",
+        interval="full",
+        draws=1,
+        seed=0,
+    )
+    return replace(plain, **changes).to_dict()
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(load_config(CONFIGS / "quickstart.json").to_json())
+    lines = [json.dumps(metrics(step)) for step in (10, 20)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 30, "lo')  # the run is writing this line
+    return folder
+
+
+def finish(run):
+    results = [result(steps) for steps in (1, 4, "inf")] + [result(4, k=16, bound="iw", vmd_surrogate=1.25)]
+    (run / "evaluation.json").write_text(json.dumps(results))
+    (run / "samples.json").write_text(json.dumps([{"steps": "4", "latent": "fixed", "seed": 0, "texts": [NASTY]}]))
+    (run / "facts.json").write_text(json.dumps({"unigram_bits_per_token": 4.11}))
+
+
+class Page(HTMLParser):
+    """What the page shows: its text, its pictures, and whatever it would fetch from elsewhere."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.pictures, self.tags, self.outside = "", [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attributes = dict(attrs)
+        self.pictures += [attributes.get("alt")] if tag == "img" else []
+        links = [attributes.get("src"), attributes.get("href")]
+        self.outside += [link for link in links if link and not link.startswith("data:")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_finished_run_shows_everything_and_fetches_nothing(run, tmp_path):
+    finish(run)
+    page = Page(write_report(run, png=tmp_path / "png"))
+    assert set(page.pictures) == {
+        "Bound against sampling steps", "Loss", "KL of the latent", "Learning rate and gradient norm", "Throughput"
+    }  # fmt: skip
+    assert len(list((tmp_path / "png").glob("*.png"))) == len(page.pictures)
+    assert page.outside == []
+    assert NASTY in page.text
+    assert "script" not in page.tags
+    for shown in ("2.8850", "7.3890", "4.1100 bits per character", "1.2500", "not a bound", "∞"):
+        assert shown in page.text, shown
+
+
+def test_an_unfinished_run_has_a_page_and_says_what_is_missing(run):
+    page = Page(write_report(run))
+    assert "not finished" in page.text
+    assert "No bound is computed yet" in page.text
+    assert "No samples are drawn yet" in page.text
+    assert "Loss" in page.pictures
+
+
+def test_bounds_of_training_stand_in_for_a_final_evaluation(run):
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(result(4, step=s)) + "\n" for s in (10, 20)))
+    page = Page(write_report(run))
+    assert "Validation bound during training" in page.pictures
+    assert "last ones that training made" in page.text
+
+
+def test_nothing_logged_yet(run):
+    (run / "metrics.jsonl").unlink()
+    page = Page(write_report(run))
+    assert page.pictures == []
+    assert "Nothing is logged yet" in page.text
+
+
+def test_the_torn_last_line_is_left_out_and_a_torn_line_before_it_is_an_error(run):
+    assert [record["step"] for record in read_run(run).metrics] == [10, 20]
+    (run / "metrics.jsonl").write_text('{"step": 10, "lo\n' + json.dumps(metrics(20)) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_not_a_run(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path / name)
+    assert not (tmp_path / name / "report.html").exists()
+
+
+def test_a_damaged_evaluation_is_named(run):
+    (run / "evaluation.json").write_text(json.dumps([result(0)]))
+    with pytest.raises(UserError, match=r"evaluation\.json.*steps 0"):
+        write_report(run)

@@ -1,0 +1,231 @@
+"""One HTML page about a run: what it is, how it trained, which bounds it reached, what it writes.
+
+The page holds its pictures itself (PNG, so that its size does not grow with the length of the run).
+"""
+
+import base64
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vmd_scale.errors import UserError
+from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.files import write_atomically
+from vmd_scale.report.figures import Picture, figures_of
+from vmd_scale.report.run import CONFIG, FINAL, LATENT_NAMES, SAMPLES, Run, column, newest, read_run, unit_of
+from vmd_scale.training.telemetry import LOG, METRICS
+
+BOUND_NOTE = (
+    "Every number here that is called a bound is, in expectation, an upper bound on the negative log-likelihood of "
+    "the sampler that it names: T steps, latent fixed or fresh, law of the paths. K = 1 is the ELBO; K > 1 is the "
+    "importance-weighted bound, which is tighter. The error bar is one standard error, over rows."
+)
+SURROGATE_NOTE = (
+    "vmd_surrogate is the training objective of the VMD and VADD papers, in nats per token. It is not a bound on "
+    "anything and must not be compared with one."
+)
+
+CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1120px; margin: 0 auto;
+       padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.5rem; }
+.figures figure:first-child:last-child { max-width: 40rem; }
+figure { margin: 0; } img { max-width: 100%; height: auto; display: block; }
+figcaption { font-size: .85rem; color: #555; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
+thead th { font-weight: 600; white-space: nowrap; } tbody th { font-weight: 400; color: #555; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.sample, pre { font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; background: #f6f6f4;
+               padding: .5rem .7rem; margin: .4rem 0; }
+.note { border-left: 3px solid #1f4e79; padding-left: .8rem; } summary { cursor: pointer; }
+"""
+
+
+def write_report(run: Path, output: Path | None = None, png: Path | None = None) -> Path:
+    """Write the page of a run folder, by default as RUN/report.html, and return where it is.
+
+    Args:
+        run: what launchers/pretrain.py wrote with --output; the run may still be going on.
+        output: the HTML file.
+        png: a folder; every picture is written there as well.
+
+    Raises:
+        UserError: not a run folder, or a file in it that is not what it should be.
+    """
+    output = output or run / "report.html"
+    for path, wrong in ((output, output.is_dir()), (png, png is not None and png.is_file())):
+        if wrong:
+            raise UserError(f"{path}: is a {'folder' if path == output else 'file'}; give another name")
+    found = read_run(run)
+    figures = figures_of(found)
+    for name, figure in figures.items():
+        if png is not None:
+            write_atomically(png / f"{name}.png", figure.png)
+    # "replace": a sample may hold half a surrogate pair, which no file can
+    write_atomically(output, _page(found, figures).encode("utf-8", "replace"))
+    return output
+
+
+def _page(run: Run, figures: Mapping[str, Picture]) -> str:
+    title = html.escape(run.name)
+    training = [name for name in figures if name != "bound_against_steps"]
+    sections = [
+        f"<h1>{title}</h1>{_state(run)}",
+        f"<h2>The run</h2>{_settings(run)}",
+        f"<h2>Bounds</h2>{_bounds(run, figures)}",
+        f"<h2>Training</h2>{_grid(figures, training) if training else '<p>Nothing is logged yet.</p>'}",
+        f"<h2>Samples</h2>{_samples(run)}",
+        f"<h2>Files</h2>{_folded(f'Last lines of {LOG}', run.log) if run.log else ''}",
+        _folded(f"The whole configuration ({CONFIG})", run.config.to_json()),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _state(run: Run) -> str:
+    """How far the run is, in a sentence or two."""
+    now = f"Page written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    if not run.metrics:
+        return f"<p>Nothing is logged yet: {METRICS} is empty or not there. {now}</p>"
+    last, steps = run.metrics[-1], run.config.training.steps
+    state = "finished" if last["step"] >= steps else "not finished: still going on, or stopped"
+    tokens, loss, skipped = (column([last], key)[0] for key in ("tokens", "loss", "skipped_steps"))
+    text = f"Step {last['step']:,} of {steps:,} ({state}); {_number(tokens, ',.0f')} tokens seen; "
+    text += f"last logged loss {_number(loss, '.4f')} nats per token."
+    if skipped > 0:
+        text += f" {skipped:,.0f} steps were skipped because the loss or a gradient was not finite."
+    return f"<p>{text} {now}</p>"
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "?"
+
+
+def _settings(run: Run) -> str:
+    config = run.config
+    data, model, latent, diffusion, training = (
+        config.data,
+        config.model,
+        config.latent,
+        config.diffusion,
+        config.training,
+    )
+    if latent.width:
+        z = f"{latent.width} wide, one a {latent.scope}, injected by {latent.injection}; "
+        z += f"encoder {config.encoder_layers} layers × {config.encoder_width}"
+        weight = diffusion.kl_weight
+        kl = f"{weight.start:g} to {weight.end:g} over {weight.warmup_steps:,} steps; {diffusion.free_bits:g} nats free"
+    else:
+        z, kl = "none: a plain masked diffusion model (MDM)", "no latent"
+    if diffusion.objective == "nelbo":
+        objective = f"nelbo (valid bound), T from {', '.join(map(str, diffusion.steps))}"
+    else:
+        objective = "vmd (the papers' surrogate, not a bound)"
+    rows = {
+        "corpus": data.corpus,
+        "tokenizer": data.tokenizer,
+        "rows": f"{data.row_length:,} tokens, packing {data.packing}",
+        "denoiser": f"{model.layers} layers × {model.width}, {model.heads} heads, {model.mlp}, {model.norm}, "
+        f"dropout {model.dropout:g}",
+        "latent z": z,
+        "blocks": f"of {diffusion.block_size} tokens" if diffusion.block_size else "none: the row is one block",
+        "objective": objective,
+        "paths": diffusion.paths,
+        "KL weight": kl,
+        "steps": f"{training.steps:,}",
+        "batch": f"{training.global_batch:,} rows ({training.global_batch * data.row_length:,} tokens), "
+        f"micro-batch {training.micro_batch:,}",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, {training.warmup_steps:,} warm-up steps",
+        "optimizer": f"betas {training.betas[0]:g}, {training.betas[1]:g}; weight decay {training.weight_decay:g}; "
+        f"clip {training.gradient_clip:g}; EMA {training.ema_decay:g}",
+        "precision": f"{training.precision}; ZeRO stage {config.zero_stage}",
+        "seed": str(training.seed),
+    }
+    if run.facts.unigram_bits_per_token is not None:
+        rows["unigram entropy"] = f"{run.facts.unigram_bits_per_token:.4f} bits per {unit_of(config)}"
+    body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
+    return f"<table><tbody>{body}</tbody></table>"
+
+
+def _bounds(run: Run, figures: Mapping[str, Picture]) -> str:
+    results = newest(run)
+    how = f"python launchers/evaluate.py --checkpoint RUN --steps 1,4,16,inf --json RUN/{FINAL}"
+    if not results:
+        return f"<p>No bound is computed yet. To compute some: <code>{how}</code></p>"
+    notes = f'<p class="note">{BOUND_NOTE}</p>'
+    if any(r.vmd_surrogate is not None for r in results):
+        notes += f'<p class="note">{SURROGATE_NOTE}</p>'
+    if not run.final:
+        notes += f"<p>There is no final evaluation ({FINAL}); these bounds are the last ones that training made. "
+        notes += f"To compute it: <code>{how}</code></p>"
+    return notes + _grid(figures, ["bound_against_steps"]) + _bound_table(results, unit_of(run.config))
+
+
+def _bound_table(results: Sequence[Result], unit: str) -> str:
+    columns: dict[str, Callable[[Result], str]] = {
+        "T": lambda r: "∞" if r.steps == "inf" else str(r.steps),
+        "latent": lambda r: r.latent,
+        "K": lambda r: f"{r.k:,}",
+        "bound": lambda r: r.bound,
+        f"bits/{unit}": lambda r: f"{r.bits_per_token:.4f}",
+        "± s.e.": lambda r: f"{r.standard_error / math.log(2):.4f}",
+        "perplexity": lambda r: f"{r.perplexity:,.4f}",
+        f"{unit}s": lambda r: f"{r.tokens:,}",
+        "rows": lambda r: f"{r.rows:,}",
+        "weights": lambda r: r.weights,
+        "step": lambda r: f"{r.step:,}",
+        "paths": lambda r: r.paths,
+        "protocol": lambda r: r.protocol,
+        "split": lambda r: r.split,
+    }
+    if any(r.vmd_surrogate is not None for r in results):
+        columns["vmd_surrogate (not a bound)"] = lambda r: "" if r.vmd_surrogate is None else f"{r.vmd_surrogate:.4f}"
+    words = {"latent", "bound", "weights", "paths", "protocol", "split"}
+    kind = {name: "" if name in words else ' class="number"' for name in columns}
+    head = "".join(f"<th{kind[name]}>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind[name]}>{html.escape(show(r))}</td>" for name, show in columns.items()) + "</tr>"
+        for r in results
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _samples(run: Run) -> str:
+    if not run.samples:
+        how = f"python launchers/sample.py --checkpoint RUN --steps 1,4,16,64 --json RUN/{SAMPLES}"
+        return f"<p>No samples are drawn yet. To draw some: <code>{how}</code></p>"
+    parts = []
+    for drawn in run.samples:
+        # the launcher notes how z would be drawn even where the model has none
+        latent = LATENT_NAMES.get(drawn.latent, drawn.latent) if run.config.latent.width else LATENT_NAMES["none"]
+        steps = "∞" if drawn.steps == "inf" else drawn.steps
+        parts.append(f"<h3>{html.escape(f'T = {steps}, {latent}, seed {drawn.seed}')}</h3>")
+        parts += [f'<div class="sample">{html.escape(text)}</div>' for text in drawn.texts]
+    return "\n".join(parts)
+
+
+def _grid(figures: Mapping[str, Picture], names: Sequence[str]) -> str:
+    parts = []
+    for name in names:
+        picture = figures[name]
+        data = base64.b64encode(picture.png).decode()
+        title, caption = html.escape(picture.title), html.escape(picture.caption)
+        parts.append(
+            f'<figure id="{name}"><h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f'<div class="figures">{"".join(parts)}</div>'
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"

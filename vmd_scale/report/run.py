@@ -1,0 +1,141 @@
+"""What a run folder says, read whole: while the run goes on, after it, and for folders of older versions."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from vmd_scale.config import Config, load_config
+from vmd_scale.errors import UserError
+from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.training.telemetry import EVALUATIONS, LOG, METRICS
+
+CONFIG, FINAL, SAMPLES, FACTS = "config.json", "evaluation.json", "samples.json", "facts.json"
+LOG_LINES = 40
+LATENT_NAMES = {"fixed": "fixed z", "fresh": "fresh z", "none": "no latent"}
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What launchers/sample.py writes for one T."""
+
+    steps: int | str
+    latent: str
+    seed: int
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Numbers about the data that no run computes."""
+
+    unigram_bits_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says; whatever is not there yet is empty."""
+
+    name: str
+    config: Config
+    metrics: list[dict[str, Any]]
+    validation: list[Result]  # during training
+    final: list[Result]
+    samples: list[SampleSet]
+    facts: Facts = field(default_factory=Facts)
+    log: str = ""
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: not a run folder, or a file in it that is not what it should be.
+    """
+    if not (folder / CONFIG).is_file():
+        what = "holds no config.json" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder}: not a run folder, {what}; expected what launchers/pretrain.py wrote with --output")
+    validation = [_checked(Result, r, f"{folder / EVALUATIONS}") for r in _read_lines(folder / EVALUATIONS)]
+    final = _read_json(folder / FINAL, list[Result], [])
+    for where, results in ((EVALUATIONS, validation), (FINAL, final)):
+        for result in results:
+            _check_steps(result.steps, folder / where)
+    log = folder / LOG
+    return Run(
+        name=folder.resolve().name,
+        config=load_config(folder / CONFIG),
+        metrics=_read_lines(folder / METRICS),
+        validation=validation,
+        final=final,
+        samples=_read_json(folder / SAMPLES, list[SampleSet], []),
+        facts=_read_json(folder / FACTS, Facts, Facts()),
+        log="\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]) if log.is_file() else "",
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file. The last line may be torn: the run is writing it, or was killed."""
+    if not path.is_file():
+        return []
+    records, lines = [], path.read_text("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: {error}") from None
+        records.append(record)
+    return records
+
+
+def _read_json(path: Path, kind: type[Item], default: Item) -> Item:
+    if not path.is_file():
+        return default
+    try:
+        return _checked(kind, json.loads(path.read_bytes()), str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+
+
+def _checked(kind: type[Item], values: object, origin: str) -> Item:
+    """Plain values as `kind`; keys that it does not know are left out, they are a newer version's."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+
+
+def _check_steps(steps: int | str, path: Path) -> None:
+    if steps != "inf" and not (str(steps).isdigit() and int(steps) > 0):
+        raise UserError(f"{path}: steps {steps!r}: expected a positive whole number or 'inf'")
+
+
+def column(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """One key of all records, float64 [n]; nan where it is missing or null."""
+    values = (record.get(key) for record in records)
+    return np.array([v if isinstance(v, int | float) else math.nan for v in values], dtype=np.float64)
+
+
+def unit_of(config: Config) -> str:
+    """What a token of this run is called."""
+    tokenizer = config.data.tokenizer
+    return (
+        "character" if tokenizer in ("text8", "sudoku") or (Path(tokenizer) / "characters.json").is_file() else "token"
+    )
+
+
+def newest(run: Run) -> list[Result]:
+    """The final evaluation, or else the last one that training made."""
+    last = max((r.step for r in run.validation), default=None)
+    return run.final or [r for r in run.validation if r.step == last]
