@@ -108,6 +108,8 @@ class Trainer:
 
     def _prepare(self, step: int, batch: Batch) -> TrainingInputs:
         """In the loader's thread: everything random about a micro-batch is decided here, on the host."""
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
         maskable, attend = masks_of(batch)
         inputs = self.objective.prepare(
             batch.tokens, maskable, attend, step, batch.positions, self.config.training.global_batch

@@ -1,0 +1,95 @@
+"""Configuration: inheritance, overrides, round trip, and errors that name the key."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vmd_scale.config import KLWeight, load_config, parse_config, parse_step_list
+from vmd_scale.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MINIMAL = {
+    "data": {"corpus": "text", "tokenizer": "text8", "row_length": 32, "shards": "s"},
+    "training": {"steps": 10, "global_batch": 8, "micro_batch": 4},
+}
+
+
+def write(folder, name, values):
+    path = folder / name
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(CONFIGS.glob("*.json")) if p.name != "small.json"], ids=str)
+def test_every_published_config_is_valid_and_survives_a_round_trip(path):
+    config = load_config(path)
+    assert parse_config(json.loads(config.to_json()), "again") == config
+
+
+def test_a_config_inherits_key_by_key(tmp_path):
+    write(tmp_path, "base.json", {**MINIMAL, "latent": {"width": 8, "injection": "add"}})
+    (tmp_path / "sub").mkdir()
+    child = write(tmp_path / "sub", "child.json", {"base": "../base.json", "latent": {"width": 4}})
+    config = load_config(child)
+    assert (config.latent.width, config.latent.injection, config.training.steps) == (4, "add", 10)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("model.layers=2", "model", "layers", 2),
+        ("diffusion.steps=1,4,inf", "diffusion", "steps", (1, 4, "inf")),
+        ('diffusion.steps=[2,"inf"]', "diffusion", "steps", (2, "inf")),
+        ("diffusion.steps=8", "diffusion", "steps", (8,)),
+        ("diffusion.steps=inf", "diffusion", "steps", ("inf",)),
+        ("training.learning_rate=1e-3", "training", "learning_rate", 1e-3),
+        ("data.source=data/x.txt", "data", "source", "data/x.txt"),
+        ('data.source={"train": "a", "test": "b"}', "data", "source", {"train": "a", "test": "b"}),
+        ("deepspeed.zero_optimization.stage=3", "deepspeed", "zero_optimization", {"stage": 3}),
+    ],
+)
+def test_overrides(tmp_path, override, section, key, value):
+    found = getattr(load_config(write(tmp_path, "c.json", MINIMAL), [override]), section)
+    assert (found[key] if isinstance(found, dict) else getattr(found, key)) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.micro_batsh=4", ["training.micro_batsh", "training.micro_batch"]),
+        ("training.layers=4", ["training.layers", "model.layers"]),
+        ("latnet.width=4", ["latnet", "latent"]),
+        ("model.layers=two", ["model.layers", "integer", "'two'"]),
+        ("model.layers=2.5", ["model.layers", "2.5"]),
+        ("model.layers=true", ["model.layers", "True"]),
+        ("model.mlp=relu", ["model.mlp", "gelu", "swiglu", "relu"]),
+        ("diffusion.steps=0", ["diffusion.steps", "1", "0"]),
+        ("diffusion.steps=1,often", ["diffusion.steps", "inf", "often"]),
+        ("training.global_batch=6", ["training.global_batch (6)", "training.micro_batch (4)"]),
+        ("model.heads=5", ["model.heads (5)", "model.width (768)"]),
+        ("latent.encoder_width=100", ["latent.encoder_width (100)", "64"]),
+        ("diffusion.objective=vmd", ["diffusion.objective", "latent.width"]),
+        ("diffusion.block_size=5", ["diffusion.block_size (5)", "data.row_length (32)"]),
+        ("training.steps", ["KEY=VALUE"]),
+        ("training.steps.more=1", ["training.steps.more"]),
+    ],
+)
+def test_errors_name_the_key_and_what_is_allowed(tmp_path, override, words):
+    with pytest.raises(UserError) as raised:
+        load_config(write(tmp_path, "c.json", MINIMAL), [override])
+    assert "\n" not in str(raised.value)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_the_kl_weight_rises_linearly_and_stays():
+    weight = KLWeight(start=0.0, end=0.5, warmup_steps=10)
+    assert [weight.at(step) for step in (0, 5, 10, 1000)] == [0.0, 0.25, 0.5, 0.5]
+    assert KLWeight().at(0) == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1,,4", "4.5", "infinity"])
+def test_step_lists_of_the_command_line(text):
+    with pytest.raises(UserError, match="--steps"):
+        parse_step_list(text, "--steps")
