@@ -8,13 +8,13 @@ evaluate.py --json) and modeling_vmd.py, which needs torch and safetensors only.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from vmd_scale.checkpoints import load_trained
-from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.errors import reports_user_errors
+from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.folder import export
-from vmd_scale.files import write_json
+from vmd_scale.files import read_json, write_json
 
 
 @reports_user_errors
@@ -27,12 +27,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was exported and from where")
     args = parser.parse_args()
 
-    results = []
-    if args.evaluation:
-        try:
-            results = json.loads(args.evaluation.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"--evaluation {args.evaluation}: {error}") from None
+    results = read_json(args.evaluation, list[Result]) if args.evaluation else []
     trained = load_trained(args.checkpoint, args.weights)
     folder = export(trained, args.output, results)
     print(f"{trained.checkpoint} ({trained.weights} weights, step {trained.step}) -> {folder}")

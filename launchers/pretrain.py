@@ -17,6 +17,7 @@ from pathlib import Path
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.launch import join_world, leave_world, rank_from_environment, world_size_from_environment
 
 
 @reports_user_errors
@@ -27,57 +28,55 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default: runs/NAME-OF-CONFIG")
     parser.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse a folder in use")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and hours, then stop")
+    parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks")
     parser.add_argument("--preview", action="store_true", help="print decoded rows, clean and masked, then stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
 
     config = load_config(args.config, args.set)
-    if args.dry_run:
-        dry_run(config)
-    elif args.preview:
-        from vmd_scale.data.prepare import prepare
-        from vmd_scale.preview import preview
-        from vmd_scale.training.launch import rank_from_environment
-
+    if args.dry_run or args.preview:
         if rank_from_environment() == 0:
-            prepare(config.data)
-            print(preview(config, load_tokenizer(config.data.tokenizer)))
+            print(dry_run(config, args.ranks) if args.dry_run else show_rows(config))
     else:
         sys.exit(run(config, args.output or Path("runs") / Path(args.config).stem, args.resume))
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
     from vmd_scale.planning import describe, peak_flops, plan
     from vmd_scale.training.engine import resolve_precision
-    from vmd_scale.training.launch import world_size_from_environment
-    from vmd_scale.training.loop import check_before_start
+    from vmd_scale.training.start import check_before_start
 
-    check_before_start(config)
-    world_size = world_size_from_environment()
+    check_before_start(config, ranks)
+    world_size = ranks or world_size_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)
     architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    print(describe(plan(config, architecture, world_size, precision), config, world_size, peak_flops(device)))
+    return describe(plan(config, architecture, world_size, precision), config, world_size, peak_flops(device))
+
+
+def show_rows(config: Config) -> str:
+    from vmd_scale.data.prepare import prepare
+    from vmd_scale.preview import preview
+
+    prepare(config.data)
+    return preview(config, load_tokenizer(config.data.tokenizer))
 
 
 def run(config: Config, output: Path, resume: str) -> int:
     from vmd_scale.checkpoints import whole_checkpoints
-    from vmd_scale.data.prepare import prepare_on_first_rank
-    from vmd_scale.training.launch import join_world, leave_world, rank_from_environment
-    from vmd_scale.training.loop import check_before_start, pretrain, verify_shards
+    from vmd_scale.training.start import check_before_start, prepare_together, pretrain
     from vmd_scale.training.telemetry import start_logging
 
     if resume == "never" and whole_checkpoints(output / "checkpoints"):
         raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
-    prepare_on_first_rank(config.data, rank_from_environment())
     world = join_world()
     try:
-        verify_shards(config, world)
+        prepare_together(config, world, tokenizer)
         output.mkdir(parents=True, exist_ok=True)
         start_logging(output, world.rank)
         return pretrain(config, output, world, tokenizer)

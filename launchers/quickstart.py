@@ -37,9 +37,11 @@ def main() -> None:
     unigram = read_manifest(shards).splits["validation"].unigram_entropy / math.log(2)
 
     say("pretraining by the deepspeed launcher")
-    done = whole_checkpoints(RUN / "checkpoints")
-    if not done or done[-1].name != f"step-{config.training.steps:08d}":
+    wanted = f"step-{config.training.steps:08d}"
+    if not any(path.name >= wanted for path in whole_checkpoints(RUN / "checkpoints")):
         pretrain()
+    if find_checkpoint(RUN).name < wanted:  # the launcher may exit with 0 after a failure
+        raise UserError(f"pretraining ended before step {config.training.steps}; see {RUN / 'log.txt'} and call again")
     trained = find_checkpoint(RUN) / "manifest.json"
 
     say("bounds on the validation split")
@@ -81,8 +83,8 @@ def main() -> None:
 
 
 def pretrain() -> None:
-    """Two ranks on CPU, all GPUs where there are some; as a user would start it."""
-    ranks = torch.cuda.device_count() or 2
+    """Two ranks, on GPUs where there are some; as a user would start it."""
+    ranks = min(torch.cuda.device_count(), 2) or 2
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -30,18 +30,20 @@ def main() -> None:
     )
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--micro-batch", type=int, default=16, help="rows in one forward; does not change the samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there as well")
     args = parser.parse_args()
 
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
+    if args.count < 1 or args.micro_batch < 1:
+        raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: both must be at least 1")
     steps = parse_step_list(args.steps, "--steps")
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
     records = []
     for wanted, name in zip(steps, args.steps.split(","), strict=True):
         sampler = Sampler(wanted, args.latent, trained.config.diffusion.paths)
-        ids = sample(trained.model, sampler, Noise(args.seed), torch.arange(args.count))
-        texts = [trained.tokenizer.decode(row) for row in ids.tolist()]
+        batches = torch.arange(args.count).split(args.micro_batch)
+        rows = [row for some in batches for row in sample(trained.model, sampler, Noise(args.seed), some).tolist()]
+        texts = [trained.tokenizer.decode(row) for row in rows]
         records.append({"steps": name, "latent": args.latent, "seed": args.seed, "texts": texts})
         print(f"T = {name}, latent {args.latent}")
         print("".join(f"  {text}\n" for text in texts))

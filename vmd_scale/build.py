@@ -5,6 +5,7 @@ from torch import Tensor
 
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch
+from vmd_scale.data.manifest import Manifest
 from vmd_scale.data.roles import Role
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import Objective
@@ -58,9 +59,13 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
     )
 
 
-def masks_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Which positions may be masked, bool [B, L], and which may be attended, bool [B, L] or None for all."""
+def masks_of(batch: Batch, manifest: Manifest) -> tuple[Tensor, Tensor | None]:
+    """Which positions may be masked, bool [B, L], and which may be attended, bool [B, L] or None for all.
+
+    Whether there is an attention mask depends on the packing alone, so that all batches of a run look alike.
+    """
     if batch.roles is None:
-        return torch.ones_like(batch.tokens, dtype=torch.bool), None
-    attend = batch.roles != Role.PADDING
-    return batch.roles == Role.ORDINARY, None if bool(attend.all()) else attend
+        maskable = torch.ones_like(batch.tokens, dtype=torch.bool)
+        return maskable, maskable if manifest.packing == "pad" else None
+    attend = batch.roles != Role.PADDING if manifest.packing == "pad" else None
+    return batch.roles == Role.ORDINARY, attend

@@ -10,7 +10,7 @@ checkpoints/step-00000100/
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,7 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
             f"data.tokenizer {config.data.tokenizer!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
             f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
-    model = VMD(build_architecture(config, tokenizer.vocab_size))
+    architecture = build_architecture(config, tokenizer.vocab_size)
+    model = VMD(replace(architecture, attention="auto"))  # trained with flash-attn, used where there is none
     model.load_state_dict(load_weights(checkpoint, weights))
     return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)

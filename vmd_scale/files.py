@@ -1,10 +1,16 @@
-"""Files that are whole or absent: written to a temporary name, flushed, renamed."""
+"""Files that are whole or absent (written to a temporary name, flushed, renamed), and what is read is checked."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from vmd_scale.errors import UserError
+
+Item = TypeVar("Item")
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -23,6 +29,37 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def flush_to_disk(path: str | Path) -> None:
+    """Wait until a file, or a folder's list of names, has left the operating system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path, kind: type[Item]) -> Item:
+    """A JSON file as a dataclass, a list of them, or another type.
+
+    Raises:
+        UserError: no such file, not JSON, or values that do not fit; names the file and the key.
+    """
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+    return checked(kind, values, str(path))
+
+
+def checked(kind: type[Item], values: object, origin: str) -> Item:
+    """Plain values as `kind`; keys that it does not know are left out, they are a newer version's."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None

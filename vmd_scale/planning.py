@@ -1,5 +1,6 @@
 """What a run will cost, on paper: parameters, FLOPs per token, memory per rank."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from vmd_scale.config import Config, step_values
 from vmd_scale.model import VMD, Architecture
+from vmd_scale.model.head import CHUNK_ELEMENTS
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -100,8 +102,6 @@ def plan(config: Config, architecture: Architecture, world_size: int, precision:
     activations = micro * a.row_length * a.layers * a.width * kept_layers * sequences
     if a.latent_width:
         activations += micro * a.row_length * a.encoder_layers * a.encoder_width * per_layer
-    from vmd_scale.model.head import CHUNK_ELEMENTS
-
     logits = 3 * 4 * min(CHUNK_ELEMENTS, micro * a.row_length * masked_share(config) * a.vocab_size)
     return Cost(
         denoiser_parameters=denoiser,
@@ -128,8 +128,6 @@ def peak_flops(device: torch.device) -> float:
 
 def measured_flops(device: torch.device, size: int = 768, repeats: int = 5) -> float:
     """FLOP/s of a square fp32 matrix product (bf16 on GPU): the best of a few."""
-    import time
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 8 * size if device.type == "cuda" else size
     a = torch.randn(size, size, device=device, dtype=dtype)

@@ -99,7 +99,7 @@ def damaged(lab, runs, whole) -> dict:
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     latest = (folder / "checkpoints" / "latest").read_text().strip()
     newest = load_weights(find_checkpoint(folder), "raw")
-    (folder / "STOP").unlink()
+    assert not (folder / "STOP").exists()  # obeyed once
     lab.pretrain(folder)
     return {"folder": folder, "text": finished[0].text, "checkpoints": checkpoints, "latest": latest, "newest": newest}
 
@@ -260,3 +260,15 @@ def test_a_finished_run_has_nothing_to_do(lab, whole):
     finished = lab.pretrain(whole)
     assert "nothing to do: 12 steps are done" in finished[0].text
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(lab, runs, whole):
+    folder = runs / "all_damaged"
+    shutil.copytree(whole, folder)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        flip_a_bit(checkpoint / "weights-00000-of-00002.safetensors")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    finished = lab.pretrain(folder, "training.steps=20", expect=2)
+    assert "all checkpoints in" in finished[0].errors[0]
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    assert list((folder / "checkpoints").glob("damaged-step-*"))

@@ -118,8 +118,13 @@ def pretrain(desk, *settings):
         (["deepspeed.zero_optimization.stage=two"], "deepspeed.zero_optimization.stage is 'two'; allowed: 0, 1, 2, 3"),
         (
             ["deepspeed.zero_optimization.stagee=1"],
-            "deepspeed.zero_optimization.stagee: Extra inputs are not permitted",
+            "unknown key 'deepspeed.zero_optimization.stagee'; did you mean 'stage'",
         ),
+        (
+            ["deepspeed.zero_optimizaton.stage=2"],
+            "unknown key 'deepspeed.zero_optimizaton'; did you mean 'zero_optim.*'",
+        ),
+        (["model.attention=flash"], "model.attention 'flash' needs a GPU and flash-attn"),
         (["data.corpus=textt"], "data.corpus 'textt' is unknown; known: .*; did you mean 'text'?"),
         (["data.tokenizer=./gone"], "data.tokenizer './gone': "),
         (["data.tokenizer=sudoku"], "data.tokenizer 'sudoku' is not the one that the shards in .* were written with"),
@@ -244,4 +249,6 @@ def test_evaluation_sampling_and_export(refused, desk):
     for launcher in ("evaluate", "sample"):
         line = refused(launcher, "--checkpoint", empty, "--steps", "0")
         assert "--steps '0': expected positive whole numbers or 'inf', such as 1,4,inf" in line
-    assert "--count 0: must be at least 1" in refused("sample", "--checkpoint", empty, "--count", 0)
+    assert "--count 0, --micro-batch 16: both must be at least 1" in refused(
+        "sample", "--checkpoint", empty, "--count", 0
+    )

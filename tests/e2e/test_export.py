@@ -107,3 +107,18 @@ def test_the_folder_says_where_it_comes_from(exported):
     assert (config["vmd_scale"]["step"], config["vmd_scale"]["weights"]) == (4, "ema")
     assert config["vmd_scale"]["tokenizer_fingerprint"] == exported["trained"].tokenizer.fingerprint
     assert {"README.md", "model.safetensors", "modeling_vmd.py"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_model_card_shows_what_was_measured_of_these_weights_and_nothing_else(exported, lab):
+    folder, results = exported["folder"], exported["folder"] / "results.json"
+    run = ["--checkpoint", folder / "run"]
+    assert lab.launch("evaluate", *run, "--steps", "4,inf", "--rows", 8, "--json", results).code == 0
+    again = lab.launch("export", *run, "--output", folder / "out", "--evaluation", results)
+    assert again.code == 0, again.text
+    card = (folder / "out" / "README.md").read_text()
+    for result in json.loads(results.read_text()):
+        assert f"{result['bits_per_token']:.4f}" in card
+    of_raw = lab.launch("export", *run, "--output", folder / "out", "--evaluation", results, "--weights", "raw")
+    assert of_raw.code == 2
+    assert "results of step 4, ema weights" in of_raw.errors[0]
+    assert (folder / "out" / "README.md").read_text() == card

@@ -7,7 +7,6 @@ finished; the next one keeps those and starts the others again. The files do not
 import fcntl
 import logging
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora import available_splits, find_corpus, normalizer_name
+from vmd_scale.data.corpora import available_splits, find_corpus, normalizer_name, raw_documents
 from vmd_scale.data.encode import TextCounts, encoded_documents, unigram_entropy
 from vmd_scale.data.manifest import (
     MANIFEST,
@@ -25,7 +24,6 @@ from vmd_scale.data.manifest import (
     SplitRecord,
     check_compatible,
     parse_manifest,
-    read_manifest,
     token_dtype,
 )
 from vmd_scale.data.packing import PackingCounts, check_packing, pack
@@ -58,6 +56,8 @@ def prepare(
     folder = Path(config.shards)
     with _made(folder), _lock(folder):
         if force:
+            for split in wanted:
+                next(raw_documents(config, split), None)  # a source that is not there must not cost the old shards
             _remove(folder, None)
         manifest = _started(folder, config, tokenizer)
         todo = [split for split in wanted if split not in manifest.splits]
@@ -185,18 +185,3 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
         unigram_entropy=unigram_entropy(frequencies),
         shards=shards,
     )
-
-
-def prepare_on_first_rank(config: DataConfig, rank: int) -> None:
-    """Rank 0 prepares what is missing; the others wait for its manifest. Called before the ranks can talk.
-
-    Raises:
-        UserError: as `prepare`; on the waiting ranks, shards that do not fit the configuration.
-    """
-    if rank == 0:
-        prepare(config)
-        return
-    folder = Path(config.shards)
-    while not (folder / MANIFEST).exists():
-        time.sleep(0.5)
-    check_compatible(read_manifest(folder), config, load_tokenizer(config.tokenizer))

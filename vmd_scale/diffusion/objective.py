@@ -113,8 +113,7 @@ class Objective:
         per_group = nll.unflatten(1, (self.groups, -1)).sum(-1)  # [B, G]
         reconstruction = (x.nll_weight * per_group).sum()
         if posterior is None:
-            kl = total = reconstruction.new_zeros(())
-            total = reconstruction
+            kl, total = reconstruction.new_zeros(()), reconstruction
         else:
             per_group_kl = posterior.kl()
             kl = (x.kl_weight * per_group_kl).sum()

@@ -73,8 +73,8 @@ def sample(
                 z = _prior(model, noise, numbers, substep(group, k))
             where = revealed.view(batch, -1).to(device)
             ratio = masked_share(x == a.mask_id, on_maskable, groups) if a.time_conditioning else None
-            logits = model.logits(x, z, on_attend, ratio)
-            x = torch.where(where, draw_categorical(logits, u_token), x)
+            hidden = model.denoiser(x, z, on_attend, ratio, clean=x)
+            x = x.masked_scatter(where, draw_categorical(model.denoiser.logits(hidden[where]), u_token[where]))
     return x.cpu()
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -78,8 +79,17 @@ def chosen_rows(total: int, limit: int | None) -> np.ndarray:
     return np.sort(SampleOrder(total, seed=0).row_numbers(np.arange(limit, dtype=np.int64)))
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Among which ranks rows are dealt out; by default there is one."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # gloo
+
+
 def evaluate(
-    model: VMD, reader: ShardReader, request: Request, weights: str, step: int, rank: int = 0, world_size: int = 1
+    model: VMD, reader: ShardReader, request: Request, weights: str, step: int, ranks: Ranks | None = None
 ) -> list[Result]:
     """One `Result` for each K and T of the request, the same on every rank.
 
@@ -95,28 +105,23 @@ def evaluate(
     rows = chosen_rows(reader.rows, request.rows)
     if len(rows) < 2:
         raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")
-    noise = Noise(request.seed)
-    mine = np.arange(len(rows), dtype=np.int64)[rank::world_size]
-    results = []
+    noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
+    score_all = partial(_score_all, reader, rows, request.micro_batch, ranks or Ranks())
     surrogate = None
     if request.surrogate:
-
-        def score_surrogate(some: Rows) -> torch.Tensor:
-            return vmd_surrogate(model, some, noise, len(rows), request.paths)
-
-        nats, tokens = _score(reader, rows, mine, request.micro_batch, world_size, score_surrogate)
-        surrogate, _ = _mean_and_error(nats, tokens)
+        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, request.paths)))
+    results = []
     for k, steps in product(request.samples, request.steps):
         sampler = Sampler(steps, request.latent, request.paths)
 
-        def score(some: Rows, k: int = k, sampler: Sampler = sampler) -> torch.Tensor:
+        def bound(some: Rows, k: int = k, sampler: Sampler = sampler) -> torch.Tensor:
             if k > 1:
-                draws = [importance_weighted(model, some, sampler, noise, k, d) for d in range(request.draws)]
+                estimates = [importance_weighted(model, some, sampler, noise, k, draw) for draw in draws]
             else:
-                draws = [elbo(model, some, sampler, noise, len(rows), d) for d in range(request.draws)]
-            return torch.stack(draws).mean(0)
+                estimates = [elbo(model, some, sampler, noise, total, draw) for draw in draws]
+            return torch.stack(estimates).mean(0)
 
-        nats, tokens = _score(reader, rows, mine, request.micro_batch, world_size, score)
+        nats, tokens = score_all(bound)
         mean, error = _mean_and_error(nats, tokens)
         results.append(
             Result(
@@ -131,7 +136,7 @@ def evaluate(
                 perplexity=math.exp(min(mean, 700.0)),
                 standard_error=error,
                 tokens=int(tokens.sum()),
-                rows=len(rows),
+                rows=total,
                 weights=weights,
                 step=step,
                 paths=request.paths,
@@ -144,25 +149,27 @@ def evaluate(
     return results
 
 
-def _score(
-    reader: ShardReader, rows: np.ndarray, mine: np.ndarray, micro_batch: int, world_size: int, score: Score
+def _score_all(
+    reader: ShardReader, rows: np.ndarray, micro_batch: int, ranks: Ranks, score: Score
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats and counted tokens of all rows, float64 and int64 [n], gathered from all ranks."""
     nats, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    most = -(-len(rows) // world_size)  # rows of the rank that has most
-    for batch_start in range(0, most, micro_batch):
-        dealt = mine[batch_start : batch_start + micro_batch]
-        # Under ZeRO-3 a forward is a collective: a rank that has no rows left goes along with one that is not counted.
-        numbers = dealt if len(dealt) else np.zeros(1, dtype=np.int64)
+    mine = np.arange(len(rows), dtype=np.int64)[ranks.rank :: ranks.size]
+    most = -(-len(rows) // ranks.size)  # rows of the rank that has most
+    for start in range(0, most, micro_batch):
+        dealt = mine[start : start + micro_batch]
+        # All batches of all ranks have one shape, filled up with rows that are not counted: under ZeRO-3 a forward is a
+        # collective, and compiled blocks like it too.
+        numbers = np.zeros(min(micro_batch, most), dtype=np.int64)
+        numbers[: len(dealt)] = dealt
         (batch,) = evaluation_batches(reader, rows[numbers], micro_batch)
-        maskable, attend = masks_of(batch)
-        some = Rows(batch.tokens, maskable, attend, torch.from_numpy(numbers))
-        scored = score(some).numpy()
-        if len(dealt):
-            nats[dealt], tokens[dealt] = scored, maskable.sum(-1).numpy()
-    if world_size > 1:
-        shares: list[Any] = [None] * world_size
-        dist.all_gather_object(shares, (nats, tokens))
+        maskable, attend = masks_of(batch, reader.manifest)
+        scored = score(Rows(batch.tokens, maskable, attend, torch.from_numpy(numbers)))
+        nats[dealt] = scored[: len(dealt)].numpy()
+        tokens[dealt] = maskable[: len(dealt)].sum(-1).numpy()
+    if ranks.size > 1:
+        shares: list[Any] = [None] * ranks.size
+        dist.all_gather_object(shares, (nats, tokens), group=ranks.group)
         nats, tokens = sum(share[0] for share in shares), sum(share[1] for share in shares)
     return nats, tokens
 

@@ -28,6 +28,8 @@ class Protocol:
                 )
 
 
+LM1B = {"corpus": "lm1b", "normalizer": "lm1b", "vocab_size": 30522, "row_length": 128}  # bert-base-uncased
+
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -40,17 +42,23 @@ PROTOCOLS = {
         Protocol(
             "lm1b_packed",
             "sentences ended by [SEP], concatenated, 126 between [CLS] and [SEP] (MDLM's wrapped LM1B)",
-            {"corpus": "lm1b", "row_length": 128, "packing": "wrap", "row_specials": True},
+            LM1B | {"packing": "wrap", "row_specials": True},
         ),
         Protocol(
             "lm1b_unpacked",
             "one sentence a row of 128; padding is neither attended nor counted",
-            {"corpus": "lm1b", "row_length": 128, "packing": "pad"},
+            LM1B | {"packing": "pad"},
         ),
         Protocol(
             "owt_mdlm",
             "GPT-2 BPE, 1,022 tokens between two end-of-text tokens (MDLM)",
-            {"corpus": "openwebtext", "row_length": 1024, "packing": "wrap", "row_specials": True},
+            {
+                "corpus": "openwebtext",
+                "vocab_size": 50257,
+                "row_length": 1024,
+                "packing": "wrap",
+                "row_specials": True,
+            },
         ),
     )
 }

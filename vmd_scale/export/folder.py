@@ -5,27 +5,33 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.standalone import FILE_NAME, modelling_source
 
 MEASURED = ("protocol", "split", "steps", "latent", "k", "bound", "bits_per_token", "standard_error", "perplexity")
 
 
-def export(trained: TrainedModel, folder: Path, results: Sequence[dict[str, Any]] = ()) -> Path:
+def export(trained: TrainedModel, folder: Path, results: Sequence[Result] = ()) -> Path:
     """Write the model into `folder`, whole or not at all.
 
     Args:
         results: evaluation results for the model card, as ``evaluate.py --json`` writes them.
 
     Raises:
-        UserError: `folder` exists and is not an earlier export.
+        UserError: `folder` exists and is not an earlier export; results of another checkpoint or of other weights.
     """
+    for result in results:
+        if (result.step, result.weights) != (trained.step, trained.weights):
+            raise UserError(
+                f"--evaluation holds results of step {result.step}, {result.weights} weights; the model card is about "
+                f"step {trained.step}, {trained.weights} weights"
+            )
     if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
         raise UserError(f"--output {folder}: exists and is not an exported model; choose another folder")
     staging = folder.with_name(f".{folder.name}.staging")
@@ -56,6 +62,7 @@ def export(trained: TrainedModel, folder: Path, results: Sequence[dict[str, Any]
     save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
         os.rename(staging, folder)
         shutil.rmtree(old)
@@ -64,7 +71,7 @@ def export(trained: TrainedModel, folder: Path, results: Sequence[dict[str, Any]
     return folder
 
 
-def _model_card(trained: TrainedModel, results: Sequence[dict[str, Any]]) -> str:
+def _model_card(trained: TrainedModel, results: Sequence[Result]) -> str:
     config, a = trained.config, trained.model.architecture
     kind = f"variational masked diffusion, latent of {a.latent_width}" if a.latent_width else "masked diffusion"
     lines = [
@@ -91,7 +98,7 @@ def _model_card(trained: TrainedModel, results: Sequence[dict[str, Any]]) -> str
         lines.append("Upper bounds (in expectation) on the negative log-likelihood of the T-step sampler named.")
         lines += ["", "| " + " | ".join(MEASURED) + " |", "|" + "---|" * len(MEASURED)]
         for result in results:
-            cells = [f"{v:.4f}" if isinstance(v := result[key], float) else str(v) for key in MEASURED]
+            cells = [f"{v:.4f}" if isinstance(v := getattr(result, key), float) else str(v) for key in MEASURED]
             lines.append("| " + " | ".join(cells) + " |")
     else:
         lines.append("Nothing was evaluated when this folder was written.")

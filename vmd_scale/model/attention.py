@@ -1,7 +1,6 @@
 """Bidirectional attention: one function, several kernels, and rotary position embedding."""
 
 import functools
-import importlib.util
 import math
 
 import torch
@@ -11,7 +10,14 @@ from torch.nn import functional as F
 
 @functools.cache
 def flash_available() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    """Whether flash-attn can be used. It is really imported: a build that does not fit this PyTorch fails only then."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import flash_attn  # noqa: F401
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def choose_kernel(wanted: str) -> str:

@@ -4,25 +4,23 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import block_diffusion_mask, choose_kernel, rotary_table
-from vmd_scale.model.layers import Block, Norm, initialize
+from vmd_scale.model.layers import Block, Norm, Stack, initialize
 
 
 class Denoiser(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.architecture = a
-        self.checkpoint_blocks = False  # compute the blocks' activations again in the backward pass
         kernel = choose_kernel(a.attention)
         condition = a.condition_width if a.has_condition else 0
         self.embedding = nn.Embedding(a.vocab_size + 1, a.width)
         # Rotary attention sees differences of positions only: where everything is masked, all positions would look
         # alike, and z could not say which token belongs where.
         self.position = nn.Embedding(a.row_length, a.width)
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack(
             Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, kernel, condition) for _ in range(a.layers)
         )
         self.norm = Norm(a.width, a.norm)
@@ -84,11 +82,7 @@ class Denoiser(nn.Module):
             if condition is not None:  # the clean half is conditioned on no z
                 condition = torch.cat((condition, torch.zeros_like(condition)), dim=1)
         rotary = rotary_table(positions, a.head_width)
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, condition, use_reentrant=False)
-            else:
-                x = block(x, rotary, mask, condition)
+        x = self.blocks(x, rotary, mask, condition)
         return self.norm(x[:, :length])
 
     def logits(self, hidden: Tensor) -> Tensor:

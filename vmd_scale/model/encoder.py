@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import choose_kernel, rotary_table
-from vmd_scale.model.layers import Block, Norm, initialize
+from vmd_scale.model.layers import Block, Norm, Stack, initialize
 
 LOG_STD_RANGE = (-8.0, 4.0)  # keeps exp() finite when a run is started with a large learning rate
 
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(a.vocab_size, width)
         self.pattern = nn.Embedding(2, width)
         self.position = nn.Embedding(a.row_length, width)
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack(
             Block(width, heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, kernel, condition=0)
             for _ in range(a.encoder_layers)
         )
@@ -65,9 +65,7 @@ class Encoder(nn.Module):
         h = self.embedding(clean) + self.pattern(masked.long()) + self.position(positions)
         rotary = rotary_table(positions, self.head_width)
         mask = None if attend is None else attend[:, None, None, :]
-        for block in self.blocks:
-            h = block(h, rotary, mask)
-        h = self.norm(h).float().unflatten(1, (self.groups, -1))
+        h = self.norm(self.blocks(h, rotary, mask)).float().unflatten(1, (self.groups, -1))
         pooled_over = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)
         pooled = (h * pooled_over).sum(2) / pooled_over.sum(2).clamp(min=1)
         mean, log_std = self.out(pooled.to(self.out.weight.dtype)).float().chunk(2, dim=-1)

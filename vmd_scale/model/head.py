@@ -34,11 +34,13 @@ def masked_nll(
     def chunk_nll(h: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits(h), y, reduction="none")
 
-    if len(index) <= chunk:
+    # From the shape alone, not from the number of masked positions: under ZeRO-3 each call of the head is a collective.
+    pieces = -(-positions // chunk)
+    if pieces == 1:
         nll = chunk_nll(rows, wanted)
     else:
-        pieces = zip(rows.split(chunk), wanted.split(chunk), strict=True)
-        nll = torch.cat([checkpoint(chunk_nll, h, y, use_reentrant=False) for h, y in pieces])
+        parts = zip(rows.tensor_split(pieces), wanted.tensor_split(pieces), strict=True)
+        nll = torch.cat([checkpoint(chunk_nll, h, y, use_reentrant=False) for h, y in parts])
     # One slot more than there are positions takes what the padding of `index` computed.
     dense = torch.zeros(positions + 1, dtype=nll.dtype, device=nll.device).scatter(0, index, nll)
     return dense[:positions].view_as(targets)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vmd_scale.model.attention import apply_rotary, attention
 
@@ -88,6 +89,22 @@ class Block(nn.Module):
         x = x + modulate(self.dropout(h), None, gate_a)
         h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
         return x + modulate(self.dropout(h), None, gate_m)
+
+
+class Stack(nn.ModuleList):
+    """Blocks one after the other. With `recompute`, their activations are computed again in the backward pass."""
+
+    recompute = False
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, condition: Tensor | None = None
+    ) -> Tensor:
+        for block in self:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, mask, condition, use_reentrant=False)
+            else:
+                x = block(x, rotary, mask, condition)
+        return x
 
 
 def initialize(module: nn.Module, residual_layers: int) -> None:

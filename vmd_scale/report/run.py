@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.files import checked, read_json
 from vmd_scale.training.telemetry import EVALUATIONS, LOG, METRICS
 
 CONFIG, FINAL, SAMPLES, FACTS = "config.json", "evaluation.json", "samples.json", "facts.json"
@@ -62,8 +62,8 @@ def read_run(folder: Path) -> Run:
     if not (folder / CONFIG).is_file():
         what = "holds no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: not a run folder, {what}; expected what launchers/pretrain.py wrote with --output")
-    validation = [_checked(Result, r, f"{folder / EVALUATIONS}") for r in _read_lines(folder / EVALUATIONS)]
-    final = _read_json(folder / FINAL, list[Result], [])
+    validation = [checked(Result, r, str(folder / EVALUATIONS)) for r in _read_lines(folder / EVALUATIONS)]
+    final = _optional(folder / FINAL, list[Result], [])
     for where, results in ((EVALUATIONS, validation), (FINAL, final)):
         for result in results:
             _check_steps(result.steps, folder / where)
@@ -74,8 +74,8 @@ def read_run(folder: Path) -> Run:
         metrics=_read_lines(folder / METRICS),
         validation=validation,
         final=final,
-        samples=_read_json(folder / SAMPLES, list[SampleSet], []),
-        facts=_read_json(folder / FACTS, Facts, Facts()),
+        samples=_optional(folder / SAMPLES, list[SampleSet], []),
+        facts=_optional(folder / FACTS, Facts, Facts()),
         log="\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]) if log.is_file() else "",
     )
 
@@ -98,22 +98,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _read_json(path: Path, kind: type[Item], default: Item) -> Item:
-    if not path.is_file():
-        return default
-    try:
-        return _checked(kind, json.loads(path.read_bytes()), str(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
-
-
-def _checked(kind: type[Item], values: object, origin: str) -> Item:
-    """Plain values as `kind`; keys that it does not know are left out, they are a newer version's."""
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+def _optional(path: Path, kind: type[Item], default: Item) -> Item:
+    return read_json(path, kind) if path.is_file() else default
 
 
 def _check_steps(steps: int | str, path: Path) -> None:

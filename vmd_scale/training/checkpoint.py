@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from vmd_scale.checkpoints import DEEPSPEED, LATEST, MANIFEST, RUN_STATE, damage, whole_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.errors import UserError
-from vmd_scale.files import sha256_of, write_atomically, write_json
+from vmd_scale.files import flush_to_disk, sha256_of, write_atomically, write_json
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.launch import World
 from vmd_scale.training.zero import ShardedMaster, fragment_values
@@ -52,6 +52,7 @@ class Checkpointer:
             write_json(staging / MANIFEST, {"step": step, "files": files})
             shutil.rmtree(final, ignore_errors=True)
             os.rename(staging, final)
+            flush_to_disk(self.folder)
             write_atomically(self.folder / LATEST, final.name + "\n")
             self._prune()
         self.world.barrier()
@@ -59,17 +60,23 @@ class Checkpointer:
 
     def find_latest(self) -> Path | None:
         """The newest checkpoint that is whole, the same on all ranks. Damaged ones are reported and set aside."""
-        found = None
+        found, damaged = None, False
         for candidate in reversed(whole_checkpoints(self.folder)):
             problem = self._verify(candidate)
             if problem is None:
                 found = candidate
                 break
+            damaged = True
             if self.world.is_main:
                 aside = candidate.with_name(f"damaged-{candidate.name}")  # else pruning would count it as the newest
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(candidate, aside)
                 log.error("checkpoint %s is damaged (%s): set aside as %s", candidate, problem, aside.name)
+        if found is None and damaged:
+            raise UserError(
+                f"all checkpoints in {self.folder} are damaged and were set aside as damaged-step-*: "
+                "nothing to resume from; choose another --output to start anew"
+            )
         if self.world.is_main and found is not None:
             write_atomically(self.folder / LATEST, found.name + "\n")
         self.world.barrier()
@@ -82,7 +89,11 @@ class Checkpointer:
             UserError: it was written by another number of ranks, or another ZeRO stage or precision.
         """
         state = json.loads((checkpoint / RUN_STATE).read_text())
-        now = {"world_size": self.world.size, "zero_stage": int(self.engine.zero_optimization_stage())}
+        now = {
+            "world_size": self.world.size,
+            "zero_stage": int(self.engine.zero_optimization_stage()),
+            "precision": "bf16" if self.engine.bfloat16_enabled() else "fp32",
+        }
         for key, value in now.items():
             if state[key] != value:
                 raise UserError(
@@ -120,12 +131,12 @@ class Checkpointer:
         return f"weights-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
 
     def _hash_in_parallel(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of every file, each rank hashing its share; whole on every rank."""
+        """Size and hash of every file, each rank flushing and hashing its share; whole on every rank."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files[self.world.rank :: self.world.size]
-        }
+        mine = {}
+        for path in files[self.world.rank :: self.world.size]:
+            flush_to_disk(path)
+            mine[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         shares: list[Any] = [None] * self.world.size
         dist.all_gather_object(shares, mine, group=self.world.host_group)
         return {name: record for share in shares for name, record in share.items()}
@@ -151,12 +162,19 @@ class Checkpointer:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def check_same_run(config: Config, saved: dict[str, Any], checkpoint: Path) -> None:
+def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
     """A resumed run must be the same experiment; how long and how often may change.
 
     Raises:
         UserError: names the key and both values.
     """
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    if state["tokenizer_fingerprint"] != fingerprint:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
+            f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
+        )
+    saved = state["config"]
     ours = config.model_dump(mode="json")
     fixed = [("data", k) for k in ours["data"] if k not in ("shards", "workers", "source", "shard_tokens")]
     fixed += [("model", k) for k in ours["model"] if k != "attention"]

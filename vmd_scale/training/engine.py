@@ -1,6 +1,7 @@
 """DeepSpeed's configuration from ours, and the engine."""
 
 import copy
+import difflib
 import logging
 from typing import Any
 
@@ -11,6 +12,19 @@ from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
+
+# Top-level keys of DeepSpeed's configuration, version 0.19; it ignores any other.
+_KEYS = """
+activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state elasticity
+eigenvalue flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
+hybrid_engine load_universal_checkpoint memory_breakdown nebula optimizer pipeline prescale_gradients
+progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
+sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+DEEPSPEED_KEYS = frozenset(_KEYS.split())
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
@@ -65,20 +79,35 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
             "in DeepSpeed 0.19; use stage 1"
         )
     # DeepSpeed's defaults for these have changed between versions.
-    result.setdefault("bf16", {"enabled": precision == "bf16"})
-    result.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    result["bf16"] = {"check_grad_overflow": True, **result.get("bf16", {}), "enabled": precision == "bf16"}
+    result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}
+    result["zero_optimization"] = {"overlap_comm": stage == 3, **result.get("zero_optimization", {}), "stage": stage}
     result.setdefault("zero_allow_untested_optimizer", True)
     result.setdefault("steps_per_print", 2**62)
     return result
 
 
-def check_zero_section(config: Config) -> None:
-    """What DeepSpeed itself would refuse in `deepspeed.zero_optimization`, as a `UserError` that names the key."""
+def check_deepspeed_keys(config: Config) -> None:
+    """What DeepSpeed would ignore (unknown keys of its section) or refuse with a traceback (the ZeRO part).
+
+    Raises:
+        UserError: names the key, and the nearest one that exists.
+    """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    section = config.deepspeed.get("zero_optimization", {})
+    for prefix, found, known in (
+        ("deepspeed", config.deepspeed, DEEPSPEED_KEYS),
+        ("deepspeed.zero_optimization", section, DeepSpeedZeroConfig.model_fields),
+    ):
+        for key in found:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(known))}"
+                raise UserError(f"unknown key '{prefix}.{key}'; {hint}")
     try:
-        DeepSpeedZeroConfig(**config.deepspeed.get("zero_optimization", {}))
+        DeepSpeedZeroConfig(**section)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("deepspeed", "zero_optimization", *first["loc"])))
@@ -91,11 +120,12 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.to(world.device)
-    if config.training.activation_checkpointing == "full":
-        model.denoiser.checkpoint_blocks = True
-    if config.training.compile and world.device.type == "cuda":
-        for block in model.denoiser.blocks:
-            block.compile(dynamic=False)
+    stacks = [stack for stack in (model.denoiser, model.encoder) if stack is not None]
+    for stack in stacks:
+        stack.blocks.recompute = config.training.activation_checkpointing == "full"
+        if config.training.compile and world.device.type == "cuda":
+            for block in stack.blocks:
+                block.compile(dynamic=False)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.training, world.device),

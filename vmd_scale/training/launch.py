@@ -1,10 +1,12 @@
 """Who am I in this job? Started by deepspeed, torchrun, srun or plain python, the answer has one form."""
 
+import io
 import os
 import re
 import socket
 import sys
 import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import torch.distributed as dist
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
+
+_added: dict[str, str] = {}  # what `join_world` put into the environment
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,12 @@ def join_world() -> World:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls by DeepSpeed
     beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
+    built = Path(sys.prefix) / "torch_extensions"  # DeepSpeed's CPU op, compiled by `make setup`
+    if built.is_dir():
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
     os.environ["PATH"] = os.pathsep.join((beside, os.environ.get("PATH", "")))
-    os.environ.update({key: value for key, value in _environment().items() if key not in os.environ})
+    _added.update({key: value for key, value in _environment().items() if key not in os.environ})
+    os.environ.update(_added)
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -66,14 +74,19 @@ def join_world() -> World:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = get_accelerator().communication_backend_name() if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    with redirect_stdout(io.StringIO()):  # each rank would say that an op was built
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     group = dist.new_group(backend="gloo")
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, group)
 
 
 def leave_world() -> None:
+    """Undo `join_world`, so that this process, or one that it starts, can join another world."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for key in _added:
+        os.environ.pop(key, None)
+    _added.clear()
 
 
 def _under_srun() -> bool:

@@ -1,6 +1,5 @@
 """The training loop: next batch, loss, backward, step, EMA, log, maybe evaluate, maybe save."""
 
-import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,21 +11,16 @@ import torch.distributed as dist
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
-from vmd_scale.data.manifest import read_manifest
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
-from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.diffusion.objective import TrainingInputs
-from vmd_scale.errors import UserError
-from vmd_scale.evaluation.perplexity import Request, evaluate
-from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import write_atomically
+from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
 from vmd_scale.planning import masked_share, peak_flops, training_flops_per_token
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
-from vmd_scale.training.engine import build_engine, check_zero_section, deepspeed_config, resolve_precision
-from vmd_scale.training.launch import World, world_size_from_environment
+from vmd_scale.training.engine import build_engine, resolve_precision
+from vmd_scale.training.launch import World
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
@@ -73,7 +67,7 @@ class Trainer:
         found = self.checkpoints.find_latest()
         if found is None:
             return 0
-        check_same_run(self.config, json.loads((found / "run_state.json").read_text())["config"], found)
+        check_same_run(self.config, self.fingerprint, found)
         state = self.checkpoints.load(found)
         self.tokens.fill_(state["tokens"])
         self.skipped_steps = state["skipped_steps"]
@@ -84,9 +78,9 @@ class Trainer:
         """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request."""
         config, training = self.config, self.config.training
         telemetry = Telemetry(self.run_folder, config, self.world.is_main, first_step)
-        self.watch, self.waited, self.tokens_at_log = Stopwatch(), self.loader.wait_seconds, int(self.tokens)
+        self.watch, self.waited = Stopwatch(), self.loader.wait_seconds
+        self.step_at_log, self.tokens_at_log = first_step, int(self.tokens)
         self.engine.train()
-        saved = first_step
         for step, batches in enumerate(self.loader.steps(first_step, training.steps), start=first_step):
             losses = self._step(step, batches)
             done = step + 1
@@ -94,13 +88,15 @@ class Trainer:
             if done % config.telemetry.log_every == 0 or done == training.steps:
                 telemetry.log(self._metrics(done, losses))
             if config.evaluation.every and done % config.evaluation.every == 0:
-                self._evaluate(done, telemetry)
+                with self.watch.paused():
+                    self._evaluate(done, telemetry)
             stopping = self.world.agree(self.stop.seen())
             if stopping or done % training.checkpoint_every == 0 or done == training.steps:
-                self._save(done)
-                saved = done
+                with self.watch.paused():
+                    self._save(done)
             if stopping and done < training.steps:
-                log.warning("stop requested: checkpoint of step %d written, exit code %d", saved, STOPPED_EXIT_CODE)
+                self.stop.obeyed()
+                log.warning("stop requested: checkpoint of step %d written, exit code %d", done, STOPPED_EXIT_CODE)
                 telemetry.close()
                 return STOPPED_EXIT_CODE
         telemetry.close()
@@ -110,7 +106,7 @@ class Trainer:
         """In the loader's thread: everything random about a micro-batch is decided here, on the host."""
         if self.world.device.type == "cuda":
             torch.cuda.set_device(self.world.device)  # a thread starts on GPU 0
-        maskable, attend = masks_of(batch)
+        maskable, attend = masks_of(batch, self.reader.manifest)
         inputs = self.objective.prepare(
             batch.tokens, maskable, attend, step, batch.positions, self.config.training.global_batch
         )
@@ -131,8 +127,7 @@ class Trainer:
                 torch.manual_seed(inputs.dropout_seed)
             loss = self.objective(engine, inputs, annealing)
             engine.backward(loss.total * scale)
-            if self.master.norm_before_step and engine.is_gradient_accumulation_boundary():
-                self.gradient_norm = self.master.gradient_norm()
+            self.master.before_step()
             engine.step()
             sums += torch.stack((loss.total.detach(), loss.reconstruction, loss.kl, loss.tokens)).double()
         skipped = engine.skipped_steps - self.skipped_steps
@@ -154,12 +149,12 @@ class Trainer:
         if self.world.size > 1:
             dist.all_reduce(losses)
         total, reconstruction, kl, counted = losses.tolist()
-        if not self.master.norm_before_step:
-            self.gradient_norm = self.master.gradient_norm()
         seconds, tokens = self.watch.lap(), int(self.tokens)
         waited, self.waited = self.loader.wait_seconds - self.waited, self.loader.wait_seconds
-        rate = (tokens - self.tokens_at_log) / seconds
-        self.tokens_at_log = tokens
+        steps, self.step_at_log = done - self.step_at_log, done
+        new_tokens, self.tokens_at_log = tokens - self.tokens_at_log, tokens
+        # The network computes padding and given tokens too: they are work, though not progress.
+        positions = steps * self.config.training.global_batch * self.config.data.row_length
         return {
             "step": done,
             "tokens": tokens,
@@ -168,9 +163,9 @@ class Trainer:
             "kl": kl / counted,
             "kl_weight": self.config.diffusion.kl_weight.at(done - 1),
             "lr": learning_rate_at(done - 1, self.config.training),
-            "grad_norm": self.gradient_norm,
-            "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / (self.peak_flops * self.world.size),
+            "grad_norm": self.master.gradient_norm(),
+            "tokens_per_second": new_tokens / seconds,
+            "mfu": positions * self.flops_per_token / (seconds * self.peak_flops * self.world.size),
             "data_wait_fraction": waited / seconds,
             "skipped_steps": self.skipped_steps,
         }
@@ -192,15 +187,13 @@ class Trainer:
                     paths=self.config.diffusion.paths,
                     micro_batch=self.config.training.micro_batch,
                 )
-                results += evaluate(
-                    self.engine.module, reader, request, weights, done, self.world.rank, self.world.size
-                )
+                ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
+                results += evaluate(self.engine.module, reader, request, weights, done, ranks)
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
         log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
         self.engine.train()
-        self.watch.lap()
 
     def _save(self, done: int) -> None:
         state = {
@@ -214,52 +207,3 @@ class Trainer:
             "precision": self.precision,
         }
         self.checkpoints.save(done, state)
-        self.watch.lap()
-
-
-def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
-    """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code."""
-    trainer = Trainer(config, run_folder, world, tokenizer)
-    first = trainer.resume()
-    if world.is_main:
-        write_atomically(run_folder / "config.json", config.to_json())
-    if first >= config.training.steps:
-        log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
-        return 0
-    code = trainer.train(first)
-    world.barrier()
-    return code
-
-
-def verify_shards(config: Config, world: World) -> None:
-    """All ranks together compare the checksums of the shards that the run will read.
-
-    Raises:
-        UserError: on every rank, naming the file that is not what was written, or the protocol that does not fit.
-    """
-    splits = ["train"]
-    if config.evaluation.every:
-        splits.append("validation")
-        for protocol in config.evaluation.protocols:
-            get_protocol(protocol).check(read_manifest(config.data.shards))
-    answers: list[Any] = [None] * world.size
-    mine = verify_share(config.data.shards, splits, world.rank, world.size)
-    dist.all_gather_object(answers, mine, group=world.host_group)
-    for problem, _ in answers:
-        if problem is not None:
-            raise UserError(problem)
-    if world.is_main:
-        remember(config.data.shards, [good for _, good in answers])
-
-
-def check_before_start(config: Config) -> None:
-    """What can be known to be wrong before ranks meet and memory is taken.
-
-    Raises:
-        UserError: contradictions with the number of ranks, the precision or the `deepspeed` section; unknown protocols.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    deepspeed_config(config, world_size_from_environment(), resolve_precision(config, device))
-    check_zero_section(config)
-    for protocol in config.evaluation.protocols:
-        get_protocol(protocol)

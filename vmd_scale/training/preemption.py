@@ -20,3 +20,7 @@ class StopRequest:
     def seen(self) -> bool:
         """This rank's view; the ranks must agree before any of them acts."""
         return self._signalled or self._file.exists()
+
+    def obeyed(self) -> None:
+        """The checkpoint is written: the file has done its work, and must not stop the run when called again."""
+        self._file.unlink(missing_ok=True)

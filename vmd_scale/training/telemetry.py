@@ -1,10 +1,12 @@
 """What a run says of itself: metrics.jsonl always, a log file, a progress bar, and wandb when asked."""
 
+import hashlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,8 @@ class Telemetry:
         if not self._is_main:
             return
         self._append(METRICS, record)
+        if self._wandb is not None:
+            self._wandb.log(dict(record), step=record["step"])
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {record['loss']:.4f}, KL {record['kl']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
@@ -69,6 +73,9 @@ class Telemetry:
         """One object a bound, in ``evaluations.jsonl``."""
         if self._is_main:
             self._append(EVALUATIONS, record)
+            if self._wandb is not None:
+                name = f"{record['protocol']}/bits_per_token, T = {record['steps']}"
+                self._wandb.log({name: record["bits_per_token"]}, step=record["step"])
 
     def close(self) -> None:
         if self._bar is not None:
@@ -80,8 +87,6 @@ class Telemetry:
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with open(self._folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"{name.removesuffix('.jsonl')}/{k}": v for k, v in record.items()}, step=record["step"])
 
 
 def drop_records_after(path: Path, step: int) -> None:
@@ -110,12 +115,14 @@ def _start_wandb(run_folder: Path, config: Config) -> Any:
         dir=str(run_folder),
         mode=config.telemetry.wandb,
         name=run_folder.name,
+        id=hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16],  # a resumed run is the same curve
+        resume="allow",
         config=config.model_dump(mode="json"),
     )
 
 
 class Stopwatch:
-    """Seconds since the last lap."""
+    """Seconds of training since the last lap; what happens inside `paused` (evaluation, saving) does not count."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -124,3 +131,11 @@ class Stopwatch:
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         return elapsed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - started

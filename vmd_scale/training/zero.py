@@ -37,7 +37,7 @@ class ShardedMaster:
         self._engine = engine
         self._optimizer = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
-        self.norm_before_step = self._stage == 0  # when `gradient_norm` can be asked for
+        self._norm: Tensor | None = None
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         if self._stage == 0:
             self.partitions = [p.data.view(-1) for p in engine.module.parameters()]
@@ -64,12 +64,15 @@ class ShardedMaster:
             if persistent:  # small parameters stay whole on every rank
                 persistent[0].all_gather(persistent)
 
-    def gradient_norm(self) -> float | None:
-        """Global norm before clipping: known after ``engine.step()`` in stages 1-3, before it in stage 0."""
-        if self._stage == 0:
+    def before_step(self) -> None:
+        """Call before ``engine.step()``: stage 0 keeps no gradient norm, and the gradients are gone afterwards."""
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
-        norm = self._engine.get_global_grad_norm()
+            self._norm = torch.nn.utils.get_total_norm(gradients)
+
+    def gradient_norm(self) -> float | None:
+        """Global norm before clipping of the last step. Waits for the device."""
+        norm = self._norm if self._stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def _replicated(self) -> Iterator[Fragment]:
