@@ -8,6 +8,7 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 USAGE_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # as a shell reports SIGINT
 
 
 class UserError(Exception):
@@ -15,7 +16,7 @@ class UserError(Exception):
 
 
 def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a launcher's ``main``: a `UserError` becomes one line on stderr and exit code 2."""
+    """Wrap a launcher's ``main``: a `UserError` becomes one line and exit code 2; Ctrl-C leaves no traceback."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -24,5 +25,8 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(USAGE_EXIT_CODE)
+        except KeyboardInterrupt:
+            print("interrupted; call again to go on", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED_EXIT_CODE)
 
     return wrapper
