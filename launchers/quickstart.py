@@ -48,9 +48,9 @@ def main() -> None:
     evaluation, by_k = RUN / "evaluation.json", RUN / "by_k.json"
     if is_older(evaluation, trained):
         bound = ("evaluate.py", "--checkpoint", RUN)
-        python(*bound, "--steps", "1,4", "--k", "1,4,16", "--rows", "256", "--json", by_k)
+        python(*bound, "--steps", "1,4", "--k", "1,4,16", "--rows", "192", "--json", by_k)
         write_json(RUN / "facts.json", {"unigram_bits_per_token": unigram})
-        python(*bound, "--steps", "1,4,16,64,inf", "--draws", "4", "--json", evaluation)
+        python(*bound, "--steps", "1,4,16,64,inf", "--draws", "2", "--json", evaluation)
 
     say("samples")
     if is_older(RUN / "samples.json", trained):

@@ -1,6 +1,7 @@
 """The one exception that means: the input is wrong, not the program."""
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -22,11 +23,15 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             main(*args, **kwargs)
+            return
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USAGE_EXIT_CODE)
+            message, code = f"error: {error}", USAGE_EXIT_CODE
         except KeyboardInterrupt:
-            print("interrupted; call again to go on", file=sys.stderr, flush=True)
-            sys.exit(INTERRUPTED_EXIT_CODE)
+            message, code = "interrupted; call again to go on", INTERRUPTED_EXIT_CODE
+        # Out here the exception and its traceback are gone, and with them what they held: a process group that lives
+        # until the interpreter dies can abort it, with another exit code.
+        gc.collect()
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(code)
 
     return wrapper
