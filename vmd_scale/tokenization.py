@@ -19,6 +19,7 @@ from vmd_scale.errors import UserError
 
 ASSETS = Path("tokenizer/assets")
 MASK_TEXT = "[MASK]"
+MOST_SYMBOLS = 1 << 16
 
 GPT2_FILES = [  # (vocabulary, merges)
     ("encoder.json", "vocab.bpe"),
@@ -89,6 +90,42 @@ class CharacterTokenizer:
         plain.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
         plain.decoder = decoders.Fuse()
         return {"characters.json": json.dumps(description).encode(), "tokenizer.json": plain.to_str().encode()}
+
+
+class SymbolTokenizer:
+    """Bare ids 0 .. size - 1, written as numbers with spaces between them: for data that are no text."""
+
+    begin_id: int | None = None
+    end_id: int | None = None
+    pad_id: int | None = None
+
+    def __init__(self, size: int) -> None:
+        self.name = f"symbols:{size}"
+        self.vocab_size = size
+        self.fingerprint = hashlib.sha256(f"symbols\0{size}".encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Raises `UserError` for the first word that is no id."""
+        return np.array([self._id(word, n) for n, word in enumerate(text.split())], dtype=np.int64)
+
+    def _id(self, word: str, position: int) -> int:
+        # int() would also take "+1", "1_0" and the digits of other scripts
+        if word.isascii() and word.isdigit() and len(word) <= 5 and int(word) < self.vocab_size:
+            return int(word)
+        raise UserError(
+            f"tokenizer {self.name!r}: symbol {word[:20]!r} at position {position} is not a number from 0 to "
+            f"{self.vocab_size - 1}"
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return " ".join("_" if i == self.vocab_size else str(i) for i in checked_ids(ids, self.vocab_size))
+
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.json` serves readers that know nothing of this project."""
+        plain = tokenizers.Tokenizer(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=""))
+        plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        description = {"symbols": self.vocab_size}
+        return {"symbols.json": json.dumps(description).encode(), "tokenizer.json": plain.to_str().encode()}
 
 
 class SubwordTokenizer:
@@ -175,7 +212,7 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a name (``text8``, ``sudoku``, ``gpt2``, a hub name), a file, a folder, or ``gpt2:FOLDER``.
+    """The tokenizer of a name (``text8``, ``symbols:N``, ``gpt2``, a hub name), a file, a folder, or ``gpt2:FOLDER``.
 
     Raises:
         UserError: nothing there, several tokenizers in one folder, or a file that is not what its name says.
@@ -185,6 +222,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "sudoku":
         return CharacterTokenizer("sudoku", "123456789")
     kind, colon, folder = name.partition(":")
+    if colon and kind == "symbols":
+        return _symbols(name, folder)
     if colon and kind in ("gpt2", "bert"):
         loaders = _loaders_in(name, Path(folder))
         if kind not in loaders:
@@ -209,8 +248,8 @@ def checked_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> list[int]:
 def _load_path(name: str, path: Path) -> Tokenizer:
     if path.is_dir():
         loaders = _loaders_in(name, path)
-        # these two are complete by themselves; other files beside them only repeat what they say
-        for complete in ("characters", "tokenizer.json"):
+        # these are complete by themselves; other files beside them only repeat what they say
+        for complete in ("characters", "symbols", "tokenizer.json"):
             if complete in loaders:
                 return loaders[complete]()
         if len(loaders) != 1:
@@ -237,6 +276,8 @@ def _loaders_in(name: str, folder: Path) -> dict[str, Callable[[], Tokenizer]]:
     loaders: dict[str, Callable[[], Tokenizer]] = {}
     if (folder / "characters.json").is_file():
         loaders["characters"] = partial(_load_characters, folder / "characters.json")
+    if (folder / "symbols.json").is_file():
+        loaders["symbols"] = partial(_load_symbols, folder / "symbols.json")
     if (folder / "tokenizer.json").is_file():
         loaders["tokenizer.json"] = partial(_load_tokenizer_json, name, folder / "tokenizer.json")
     for vocabulary, merges in GPT2_FILES:
@@ -265,6 +306,23 @@ def _load_characters(path: Path) -> Tokenizer:
         return CharacterTokenizer(description["name"], description["alphabet"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a character tokenizer: {error!r}") from None
+
+
+def _load_symbols(path: Path) -> Tokenizer:
+    try:
+        size = json.loads(path.read_text(encoding="utf-8"))["symbols"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a tokenizer of symbols: {error!r}") from None
+    return _symbols(str(path), str(size))
+
+
+def _symbols(name: str, size: str) -> Tokenizer:
+    if not (size.isascii() and size.isdigit() and len(size) <= 5 and 2 <= int(size) <= MOST_SYMBOLS):
+        raise UserError(
+            f"data.tokenizer {name!r}: {size[:20]!r} symbols; expected a number from 2 to {MOST_SYMBOLS}, such as "
+            "'symbols:10'"
+        )
+    return SymbolTokenizer(int(size))
 
 
 def _load_gpt2(name: str, vocabulary: Path, merges: Path) -> Tokenizer:
@@ -314,9 +372,10 @@ def _load_from_hub(name: str) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_pretrained(name)
     except Exception as error:  # offline, unknown name, no tokenizer.json: the library raises bare Exception
         raise UserError(
-            f"data.tokenizer {name!r}: not text8 or sudoku, not a file or folder, not under {ASSETS / name}, "
-            f"and not to be had from the Hugging Face hub ({str(error).splitlines()[0]}). Put its files into "
-            f"{ASSETS / name}/ or give their folder as data.tokenizer: {'; '.join(_expected_files().values())}"
+            f"data.tokenizer {name!r}: not text8, sudoku or symbols:N, not a file or folder, not under "
+            f"{ASSETS / name}, and not to be had from the Hugging Face hub ({str(error).splitlines()[0]}). "
+            f"Put its files into {ASSETS / name}/ or give their folder as data.tokenizer: "
+            f"{'; '.join(_expected_files().values())}"
         ) from None
     return _with_named_specials(name, tokenizer, None)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +65,37 @@ def test_sudoku_ids() -> None:
     assert tokenizer.decode([8, 9]) == "9_"
 
 
+@given(size=st.integers(2, 1 << 16), data=st.data())
+def test_symbols_round_trip(size: int, data: st.DataObject) -> None:
+    tokenizer = load_tokenizer(f"symbols:{size}")
+    ids = data.draw(st.lists(st.integers(0, size - 1)))
+    assert tokenizer.vocab_size == size
+    assert tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
+    assert tokenizer.decode([*ids, size]).endswith("_")
+
+
+def test_symbols_are_numbers() -> None:
+    tokenizer = load_tokenizer("symbols:10")
+    assert tokenizer.decode([3, 10, 9]) == "3 _ 9"
+    assert tokenizer.encode(" 3\n9 ").tolist() == [3, 9]
+    assert tokenizer.encode("").dtype == np.int64
+    plain = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+    assert plain.encode("3 9").ids == [3, 9]
+    assert plain.decode([3, 9]) == "3 9"
+    for bad in ("10", "-1", "+1", "1_0", "a", "_", "٣", "9" * 5000):
+        with pytest.raises(UserError, match="position 1"):
+            tokenizer.encode(f"3 {bad} 4")
+
+
+@pytest.mark.parametrize("size", ["", "1", "65537", "-2", "ten", "1e3", "9" * 5000])
+def test_numbers_of_symbols(size: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"from 2 to 65536, such as 'symbols:10'"):
+        load_tokenizer(f"symbols:{size}")
+    (tmp_path / "symbols.json").write_text(f'{{"symbols": "{size}"}}')
+    with pytest.raises(UserError, match=r"symbols\.json.* from 2 to 65536"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("bad", ["A", "é", "😀", "\n"])
 def test_character_outside_the_alphabet(bad: str) -> None:
     with pytest.raises(UserError, match="position 2") as error:
@@ -116,7 +148,7 @@ def test_sentencepiece(sentencepiece_file: Path) -> None:
     assert tokenizer.decode([*ids[:1], tokenizer.vocab_size, *ids[1:]]).count("[MASK]") == 1
 
 
-@pytest.mark.parametrize("name", ["text8", "sudoku", "gpt2", "bert", "sentencepiece"])
+@pytest.mark.parametrize("name", ["text8", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])
 def test_export_and_pickle_keep_the_ids(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, sentencepiece_file: Path
 ) -> None:
@@ -128,7 +160,7 @@ def test_export_and_pickle_keep_the_ids(
         tokenizer = load_tokenizer(str(sentencepiece_file) if name == "sentencepiece" else name)
     for file, content in tokenizer.files().items():
         (tmp_path / file).write_bytes(content)
-    text = {"text8": "some words", "sudoku": "987"}.get(name, ENGLISH)
+    text = {"text8": "some words", "sudoku": "987", "symbols:300": "0 299"}.get(name, ENGLISH)
     for copy in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.vocab_size == tokenizer.vocab_size
@@ -153,7 +185,8 @@ def test_a_hub_name_is_looked_up_in_the_assets(tmp_path: Path, monkeypatch: pyte
 
 
 def test_different_tokenizers_have_different_fingerprints() -> None:
-    assert load_tokenizer("text8").fingerprint != load_tokenizer("sudoku").fingerprint
+    names = ["text8", "sudoku", "symbols:9", "symbols:10"]
+    assert len({load_tokenizer(name).fingerprint for name in names}) == len(names)
 
 
 @needs_assets

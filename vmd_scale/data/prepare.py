@@ -54,6 +54,11 @@ def prepare(
     check_packing(config, tokenizer)
     wanted = _wanted_splits(config, splits)
     folder = Path(config.shards)
+    if not force and (folder / MANIFEST).is_file() and not (folder / PARTIAL).is_file():
+        finished = _started(folder, config, tokenizer)
+        if all(split in finished.splits for split in wanted):  # reading needs no lock: several runs may start at once
+            log.info("%s: nothing to do, %s already prepared", folder, ", ".join(wanted))
+            return finished
     with _made(folder), _lock(folder):
         if force:
             for split in wanted:
@@ -61,8 +66,7 @@ def prepare(
             _remove(folder, None)
         manifest = _started(folder, config, tokenizer)
         todo = [split for split in wanted if split not in manifest.splits]
-        if not todo and not (folder / PARTIAL).is_file():
-            log.info("%s: nothing to do, %s already prepared", folder, ", ".join(wanted))
+        if not todo and not (folder / PARTIAL).is_file():  # another process was faster
             return manifest
         for split in todo:
             _remove(folder, split)

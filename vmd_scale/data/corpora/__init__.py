@@ -4,7 +4,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora import lm1b, python_docs, sudoku, text, text8  # noqa: F401  they register themselves
+from vmd_scale.data.corpora import (  # noqa: F401  they register themselves
+    cifar10,
+    four_tokens,
+    lm1b,
+    mnist,
+    python_docs,
+    sudoku,
+    text,
+    text8,
+    toy2d,
+    two_tokens,
+)
 from vmd_scale.data.corpora.registry import CORPORA, SPLITS, Corpus, Document, corpus, find_corpus
 from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.errors import UserError

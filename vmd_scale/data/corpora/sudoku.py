@@ -1,5 +1,6 @@
 """Sudoku: 81 cells a row of the grid after the other; the clues are given, the rest is to be found."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,17 +9,44 @@ import numpy as np
 from vmd_scale.config import DataConfig
 from vmd_scale.data.corpora.files import lines
 from vmd_scale.data.corpora.registry import Document, corpus, in_twentieth
-from vmd_scale.data.corpora.sources import local_source
+from vmd_scale.data.corpora.sources import local_source, source_of
+from vmd_scale.data.corpora.sudoku_generator import CLUES, FEWEST_CLUES, MOST_CLUES, generated_puzzle
+from vmd_scale.data.corpora.sudoku_grids import CELLS
 from vmd_scale.errors import UserError
 
-CELLS = 81
+GENERATE = "generate:"
+FEWEST_PUZZLES = 20  # of which each split has one
 
 
 @corpus("sudoku")
 def sudoku(config: DataConfig, split: str) -> Iterator[Document]:
-    """CSV of ``puzzle,solution`` with or without a header; 0 or . is an empty cell; tokens are digit - 1."""
+    """CSV of ``puzzle,solution`` with or without a header; 0 or . is an empty cell; tokens are digit - 1.
+
+    ``generate:N`` makes N puzzles instead, ``generate:N:24-30`` such with 24 to 30 clues (else 29 to 37).
+    """
     if config.tokenizer != "sudoku":
         raise UserError(f"data.tokenizer {config.tokenizer!r}: corpus 'sudoku' needs tokenizer 'sudoku'")
+    if source_of(config, split).path.startswith(GENERATE):
+        return _generated(config, split)
+    return _read(config, split)
+
+
+def _generated(config: DataConfig, split: str) -> Iterator[Document]:
+    source = source_of(config, split)
+    match = re.fullmatch(r"generate:([0-9]{1,9})(?::([0-9]{1,2})-([0-9]{1,2}))?", source.path)
+    puzzles, *clues = (int(group) for group in match.groups() if group) if match else (0,)
+    low, high = clues or CLUES
+    if puzzles < FEWEST_PUZZLES or not FEWEST_CLUES <= low <= high <= MOST_CLUES:
+        raise UserError(
+            f"data.source {source.path!r}: expected generate:N or generate:N:LOW-HIGH, such as generate:20000:24-30, "
+            f"with {FEWEST_PUZZLES} puzzles at least and {FEWEST_CLUES} to {MOST_CLUES} clues"
+        )
+    numbers = (number for number in range(puzzles) if source.is_split or in_twentieth(number, split))
+    solved = (generated_puzzle(number, split, (low, high)) for number in numbers)
+    return (Document(tokens=grid - 1, given=given) for grid, given in solved)
+
+
+def _read(config: DataConfig, split: str) -> Iterator[Document]:
     source = local_source(config, split)
     number = 0
     for line_number, line in enumerate(lines(Path(source.path)), start=1):
