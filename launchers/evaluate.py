@@ -4,9 +4,10 @@
     python launchers/evaluate.py --checkpoint runs/text8 --steps 1,4 --k 16 --rows 512 --json bounds.json
 
 Every number is an upper bound (in expectation) on the negative log-likelihood of the sampler that it names: T steps (in
-each block, for block diffusion), latent fixed or fresh. K = 1 is the ELBO by one random step; K > 1 the
-importance-weighted bound over whole paths, which costs K x T forwards. --surrogate adds the training surrogate of the
-VMD and VADD papers, which bounds nothing.
+each block, for block diffusion), latent fixed or fresh, law of the paths. K = 1 is the ELBO by one random step; K > 1
+the importance-weighted bound over whole paths, which costs K x T forwards. Orders by confidence (--paths top_prob,
+margin, entropy) are replayed step by step, T forwards for each K; without a latent that is the exact likelihood.
+--surrogate adds the training surrogate of the VMD and VADD papers, which bounds nothing.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from vmd_scale.checkpoints import load_trained
 from vmd_scale.config import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Request, evaluate, table
 from vmd_scale.evaluation.protocols import PROTOCOLS, get_protocol
 from vmd_scale.files import write_json
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
     )
+    parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
     parser.add_argument("--k", default="1", metavar="K,K,...", help="importance samples; more is tighter and dearer")
     parser.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
     parser.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
@@ -56,7 +60,7 @@ def main() -> None:
         samples=samples,
         draws=args.draws,
         rows=args.rows,
-        paths=trained.config.diffusion.paths,
+        paths=args.paths or trained.config.diffusion.paths,
         seed=args.seed,
         micro_batch=args.micro_batch,
         surrogate=args.surrogate,
@@ -72,6 +76,10 @@ def main() -> None:
     results = evaluate(trained.model, reader, request, trained.weights, trained.step)
     print(f"{trained.checkpoint}, {trained.weights} weights, protocol {protocol.name}: {protocol.description}")
     print(table(results))
+    if trained.config.latent.width:
+        used = latent_usage(trained.model, reader, trained.step, micro_batch=args.micro_batch)
+        by_ratio = ", ".join(f"{kl:.3f} at {ratio}" for ratio, kl in used.kl_by_mask_ratio.items())
+        print(f"latent: {used.active_units} of {used.latent_width} units active; KL in nats by mask ratio: {by_ratio}")
     if args.surrogate:
         print(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
     if args.json:

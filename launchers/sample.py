@@ -2,11 +2,13 @@
 
     python launchers/sample.py --checkpoint runs/text8 --steps 1,4,16,64 --count 4
     python launchers/sample.py --checkpoint runs/text8 --steps 8 --latent fresh --json samples.json
+    python launchers/sample.py --checkpoint runs/text8 --steps 32 --paths margin --temperature 0.8 --nucleus 0.95
 
 Sample number n of a seed is always the same sample, whatever it is batched with. Draws are made in float64.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.config import parse_step_list
 from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
@@ -28,6 +31,11 @@ def main() -> None:
     parser.add_argument(
         "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
     )
+    parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the tokens; 0 takes the most probable one")
+    parser.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
+    parser.add_argument("--order-noise", type=float, default=0.0, help="Gumbel noise on the confidence (MaskGIT)")
+    parser.add_argument("--remask", type=float, default=0.0, help="mask up to this share again after a step (ReMDM)")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch", type=int, default=16, help="rows in one forward; does not change the samples")
@@ -40,15 +48,27 @@ def main() -> None:
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
     records = []
     for wanted, name in zip(steps, args.steps.split(","), strict=True):
-        sampler = Sampler(wanted, args.latent, trained.config.diffusion.paths)
+        sampler = make_sampler(wanted, args, trained.config.diffusion.paths)
         batches = torch.arange(args.count).split(args.micro_batch)
         rows = [row for some in batches for row in sample(trained.model, sampler, Noise(args.seed), some).tolist()]
         texts = [trained.tokenizer.decode(row) for row in rows]
-        records.append({"steps": name, "latent": args.latent, "seed": args.seed, "texts": texts})
-        print(f"T = {name}, latent {args.latent}")
+        drawn = {**asdict(sampler), "steps": name, "seed": args.seed}
+        records.append({**drawn, "texts": texts})
+        print(", ".join(f"{'T' if key == 'steps' else key} {value}" for key, value in drawn.items()))
         print("".join(f"  {text}\n" for text in texts))
     if args.json:
         write_json(args.json, records)
+
+
+def make_sampler(steps: float, args: argparse.Namespace, paths: str) -> Sampler:
+    law = args.paths or paths
+    try:
+        return Sampler(steps, args.latent, law, args.temperature, args.nucleus, args.order_noise, args.remask)
+    except ValueError as error:
+        raise UserError(
+            f"{error}; --temperature and --order-noise are at least 0, --nucleus is in (0, 1], --remask in [0, 1); "
+            "--order-noise is for paths by confidence, --remask for all but bernoulli"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
         injection=latent.injection,
         encoder_layers=config.encoder_layers,
         encoder_width=config.encoder_width,
+        prior=latent.prior,
     )
 
 
@@ -56,6 +57,7 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
         mask_id=vocab_size,
         noise=Noise(config.training.seed),
         free_bits=diffusion.free_bits,
+        importance_samples=diffusion.importance_samples,
     )
 
 

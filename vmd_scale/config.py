@@ -95,7 +95,7 @@ class ModelConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tie_embeddings: bool = False
     time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
-    attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"
+    attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = "auto"
 
 
 class LatentConfig(Section):
@@ -104,7 +104,9 @@ class LatentConfig(Section):
     injection: Literal["adaln", "add"] = "adaln"
     encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
     encoder_width: int | None = Field(default=None, ge=1, description="null: model.width")
-    prior: Literal["standard"] = "standard"
+    prior: Literal["standard", "conditional"] = Field(
+        default="standard", description="standard: N(0, I); conditional: a network that reads the visible tokens"
+    )
 
 
 class KLWeight(Section):
@@ -120,10 +122,15 @@ class KLWeight(Section):
 
 class DiffusionConfig(Section):
     schedule: Literal["linear"] = Field(default="linear", description="alpha(t) = 1 - t: the mask ratio is t")
-    objective: Literal["vmd", "nelbo"] = Field(
-        default="nelbo", description="vmd: the published surrogate; nelbo: the valid bound, T drawn from steps"
+    objective: Literal["vmd", "nelbo", "iw"] = Field(
+        default="nelbo",
+        description="vmd: the published surrogate; nelbo: the valid bound, T drawn from steps; iw: the same by "
+        "importance_samples latents along whole paths, tighter and dearer",
     )
-    steps: StepCounts = Field(default=(1, 2, 4, "inf"), description="the set of T of objective nelbo")
+    steps: StepCounts = Field(
+        default=(1, 2, 4, "inf"), description="the T of nelbo and iw; one that is listed twice is drawn twice as often"
+    )
+    importance_samples: int = Field(default=8, ge=1, description="K of objective iw")
     paths: Literal["bernoulli", "balanced"] = Field(default="balanced", description="law of the revealing order")
     block_size: int | None = Field(default=None, ge=1, description="block diffusion; null: the row is one block")
     kl_weight: KLWeight = KLWeight()
@@ -190,10 +197,14 @@ class Config(Section):
                 f"training.global_batch ({training.global_batch}) must be a multiple of "
                 f"training.micro_batch ({training.micro_batch})"
             )
-        if diffusion.objective == "vmd" and latent.width == 0:
+        if diffusion.objective != "nelbo" and latent.width == 0:
             raise ValueError(
-                "diffusion.objective 'vmd' needs a latent, but latent.width is 0; "
+                f"diffusion.objective {diffusion.objective!r} needs a latent, but latent.width is 0; "
                 "the MDM baseline is latent.width=0 with diffusion.objective='nelbo' and diffusion.steps=['inf']"
+            )
+        if diffusion.objective == "iw" and diffusion.free_bits:
+            raise ValueError(
+                f"diffusion.free_bits ({diffusion.free_bits}) has no meaning with objective 'iw'; set it to 0"
             )
         block = diffusion.block_size
         if block is not None and self.data.row_length % block:
@@ -202,6 +213,11 @@ class Config(Section):
             raise ValueError(
                 f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
                 "scope 'block' needs a block size, scope 'row' none"
+            )
+        if latent.prior == "conditional" and (latent.width == 0 or block is not None):
+            raise ValueError(
+                f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
+                f"diffusion.block_size {block}"
             )
         for key in ("zero_optimization", "bf16", "fp16"):
             if not isinstance(self.deepspeed.get(key, {}), dict):

@@ -29,7 +29,7 @@ class Cost:
     """A plan, per rank where it says so."""
 
     denoiser_parameters: int
-    encoder_parameters: int
+    encoder_parameters: int  # with a conditional prior's
     flops_per_token: float  # forward and backward, of the masked share of the head
     weights_bytes: float  # per rank, each of these
     gradients_bytes: float
@@ -54,18 +54,30 @@ def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
+def denoiser_passes(config: Config) -> float:
+    """Forwards of the denoiser for one row: 1, with objective iw K of them for each step of the path."""
+    if config.diffusion.objective != "iw":
+        return 1.0
+    longest = config.data.row_length // config.groups
+    steps = [min(T, longest) for T in step_values(config.diffusion.steps)]
+    return config.diffusion.importance_samples * sum(steps) / len(steps)
+
+
 def masked_share(config: Config) -> float:
-    """Mean share of positions that are masked in training, under the linear schedule."""
+    """Mean share of positions at which the head is computed in training, under the linear schedule."""
+    if config.diffusion.objective == "iw":  # along a whole path, each position once
+        return float(config.diffusion.importance_samples)
     if config.diffusion.objective == "vmd":
         return 0.5
     steps = step_values(config.diffusion.steps)
     return sum(0.5 + 0.5 / T for T in steps) / len(steps)  # mean of k/T over k = 1..T; 1/2 for T = inf
 
 
-def training_flops_per_token(a: Architecture, masked: float) -> float:
+def training_flops_per_token(a: Architecture, masked: float, passes: float = 1.0) -> float:
     """Matrix-product FLOPs of forward and backward (3 x forward) for one token of a row.
 
-    Denoiser and encoder blocks, attention at the row's length, and the head at the masked share of the positions.
+    Denoiser (`passes` times) and encoder blocks, attention at the row's length, and the head at the masked share of
+    the positions.
     Element-wise work and recomputation are not counted, as is usual for MFU.
     """
 
@@ -74,10 +86,11 @@ def training_flops_per_token(a: Architecture, masked: float) -> float:
         return layers * (2 * matrices + 4 * length * width)
 
     sequences = 2 if a.groups > 1 else 1  # the block variant runs over [noisy ; clean]
-    forward = sequences * blocks(a.layers, a.width, sequences * a.row_length)
+    forward = passes * sequences * blocks(a.layers, a.width, sequences * a.row_length)
     forward += masked * 2 * a.width * a.vocab_size
     if a.latent_width:
-        forward += blocks(a.encoder_layers, a.encoder_width, a.row_length)
+        readers = 2 if a.prior == "conditional" else 1  # the encoder, and a prior of the same size
+        forward += readers * blocks(a.encoder_layers, a.encoder_width, a.row_length)
     return 3 * forward
 
 
@@ -85,7 +98,8 @@ def plan(config: Config, architecture: Architecture, world_size: int, precision:
     """Costs of a run on `world_size` ranks; builds the model without memory to count its parameters."""
     with torch.device("meta"):
         model = VMD(architecture)
-    denoiser, encoder = count_parameters(model.denoiser), count_parameters(model.encoder)
+    denoiser = count_parameters(model.denoiser)
+    encoder = count_parameters(model.encoder) + count_parameters(model.prior_network)
     parameters, stage = denoiser + encoder, config.zero_stage
     low = 2 if precision == "bf16" else 4
     shard = {
@@ -99,14 +113,14 @@ def plan(config: Config, architecture: Architecture, world_size: int, precision:
     per_layer = (16 + 2 * a.mlp_ratio) * low
     kept_layers = (1 / 16 if config.training.activation_checkpointing == "full" else 1) * per_layer
     sequences = 2 if a.groups > 1 else 1
-    activations = micro * a.row_length * a.layers * a.width * kept_layers * sequences
+    activations = denoiser_passes(config) * micro * a.row_length * a.layers * a.width * kept_layers * sequences
     if a.latent_width:
         activations += micro * a.row_length * a.encoder_layers * a.encoder_width * per_layer
     logits = 3 * 4 * min(CHUNK_ELEMENTS, micro * a.row_length * masked_share(config) * a.vocab_size)
     return Cost(
         denoiser_parameters=denoiser,
         encoder_parameters=encoder,
-        flops_per_token=training_flops_per_token(a, masked_share(config)),
+        flops_per_token=training_flops_per_token(a, masked_share(config), denoiser_passes(config)),
         weights_bytes=low * parameters / shard["weights"],
         gradients_bytes=4 * parameters / shard["gradients"],
         optimizer_bytes=(8 + master) * parameters / shard["optimizer"],

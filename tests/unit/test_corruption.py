@@ -16,7 +16,7 @@ from vmd_scale.diffusion.corruption import (
     stratified,
 )
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import LAWS
+from vmd_scale.diffusion.paths import RANDOM_LAWS as LAWS
 
 INF = math.inf
 MASK = 99

@@ -1,72 +1,15 @@
-import dataclasses
-import math
-
 import pytest
 import torch
+from model_variants import VARIANTS, close, hidden, inputs, variant
 from tiny_models import architecture, loud, sequences, tiny_model
 from torch.nn import functional as F
 
 from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.sampler import Sampler, sample
-from vmd_scale.model import VMD, Posterior, head
+from vmd_scale.model import VMD, head
 from vmd_scale.model.attention import apply_rotary, attention, block_diffusion_mask, rotary_table
 from vmd_scale.model.encoder import LOG_STD_RANGE
 from vmd_scale.model.head import masked_nll
-
-VARIANTS = {
-    "plain": {},
-    "mdm": {"latent_width": 0},
-    "add": {"injection": "add"},
-    "tied": {"tie_embeddings": True},
-    "rmsnorm": {"norm": "rmsnorm"},
-    "swiglu": {"mlp": "swiglu"},
-    "time": {"time_conditioning": True},
-    "mdm, time": {"latent_width": 0, "time_conditioning": True},
-    "add, time": {"injection": "add", "time_conditioning": True},
-    "blocks": {"groups": 2},
-    "blocks, add": {"groups": 3, "injection": "add"},
-    "blocks, mdm": {"groups": 3, "latent_width": 0},
-    "blocks, everything": {
-        "groups": 2,
-        "time_conditioning": True,
-        "norm": "rmsnorm",
-        "mlp": "swiglu",
-        "tie_embeddings": True,
-    },
-}
-
-
-def variant(name, seed=0, **changes):
-    values = {"vocab_size": 5, "row_length": 6, "layers": 2, "encoder_layers": 2, "latent_width": 2}
-    return tiny_model(seed, **{**values, **VARIANTS[name], **changes})
-
-
-def inputs(model, rows=4, seed=0, share=0.6):
-    """A batch in the form that VMD.forward takes, masks drawn at random, at least one masked position."""
-    a, generator = model.architecture, torch.Generator().manual_seed(seed)
-    clean = torch.randint(a.vocab_size, (rows, a.row_length), generator=generator)
-    masked = torch.rand(clean.shape, generator=generator) < share
-    masked[0, 0] = True
-    return {
-        "clean": clean,
-        "noisy": clean.masked_fill(masked, a.mask_id),
-        "index": masked.flatten().nonzero().squeeze(-1),
-        "encoder_mask": masked,
-        "epsilon": torch.randn(rows, a.groups, a.latent_width, generator=generator) if a.latent_width else None,
-        "attend": None,
-        "mask_ratio": torch.rand(rows, a.groups, generator=generator),
-    }
-
-
-def hidden(model, x, z=None, **changes):
-    x = {**x, **changes}
-    z = x["epsilon"] if z is None else z
-    return model.denoiser(x["noisy"], z, x["attend"], x["mask_ratio"], x["clean"])
-
-
-def close(one, other, tolerance=1e-5):
-    return torch.allclose(one, other, atol=tolerance, rtol=tolerance)
-
 
 # ---- attention and rotary embedding
 
@@ -76,7 +19,7 @@ def test_reference_attention_equals_sdpa(kind):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     attend = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])[:, None, None, :]
-    blockwise = block_diffusion_mask(3, 3, torch.device("cpu"))
+    blockwise = block_diffusion_mask(3, 3, None, "sdpa", torch.device("cpu"))
     mask = {"none": None, "padding": attend, "blocks": blockwise, "padding and blocks": attend & blockwise}[kind]
     if kind == "padding and blocks":  # the last noisy block sees clean blocks 4 and 5 and itself: 2 of them padding
         assert bool(mask.any(-1).all())
@@ -90,25 +33,6 @@ def test_reference_attention_equals_sdpa(kind):
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e30)
     assert torch.allclose(results[0][0], torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["plain", "blocks, everything"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_the_whole_model_is_the_same_with_either_kernel(name, padded):
-    one = variant(name)
-    other = VMD(dataclasses.replace(one.architecture, attention="sdpa"))
-    other.load_state_dict(one.state_dict())
-    x = inputs(one)
-    if padded:
-        x["attend"] = torch.arange(6) < torch.tensor([6, 4, 5, 3])[:, None]
-    results = []
-    for model in (one, other):
-        nll, posterior = model(**x)
-        loss = nll.sum() + posterior.kl().sum()
-        results.append((nll, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
-    for one_value, other_value in zip(*results, strict=True):
-        if one_value is not None:
-            assert close(one_value, other_value, 1e-4)
 
 
 def test_rotary_attention_hears_differences_of_positions_only():
@@ -351,47 +275,6 @@ def test_dropout_acts_in_training_only():
 # ---- the encoder and its posterior
 
 
-def posterior_example(spread=1.0):
-    generator = torch.Generator().manual_seed(3)
-    mean = spread * torch.randn(4, 2, 5, generator=generator)
-    log_std = spread * torch.randn(4, 2, 5, generator=generator)
-    return Posterior(mean, log_std), generator
-
-
-def test_kl_is_that_of_torch_distributions():
-    q, _ = posterior_example()
-    normal = torch.distributions.Normal(q.mean, q.log_std.exp())
-    standard = torch.distributions.Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean))
-    assert close(q.kl(), torch.distributions.kl_divergence(normal, standard).sum(-1))
-    assert bool((q.kl() > 0).all())
-    assert Posterior(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3)).kl().item() == 0
-
-
-def test_log_ratio_is_that_of_torch_distributions():
-    q, generator = posterior_example()
-    z = 2 * torch.randn(4, 2, 5, generator=generator)
-    normal = torch.distributions.Normal(q.mean, q.log_std.exp())
-    standard = torch.distributions.Normal(torch.zeros_like(q.mean), torch.ones_like(q.mean))
-    expected = (standard.log_prob(z) - normal.log_prob(z)).sum(-1)
-    assert torch.allclose(q.log_ratio_to_prior(z), expected, atol=1e-3, rtol=1e-4)
-
-
-def test_kl_is_minus_the_mean_log_ratio_of_its_own_samples():
-    q, generator = posterior_example(0.5)
-    epsilon = torch.randn(20_000, 4, 2, 5, generator=generator)
-    ratios = q.log_ratio_to_prior(q.sample(epsilon)).double()
-    error = ratios.std(0) / math.sqrt(len(ratios))
-    assert ((-ratios.mean(0) - q.kl()).abs() < 4.5 * error).all()
-
-
-def test_samples_have_the_posterior_moments():
-    q, generator = posterior_example()
-    z = q.sample(torch.randn(50_000, 4, 2, 5, generator=generator))
-    std = q.log_std.exp()
-    assert ((z.mean(0) - q.mean).abs() < 5 * std / math.sqrt(50_000)).all()
-    assert close(z.std(0), std, 0.03)
-
-
 def test_the_encoder_pools_over_masked_positions_and_hears_the_pattern():
     model = variant("plain", encoder_layers=1)
     clean = inputs(model)["clean"]
@@ -416,76 +299,6 @@ def test_extreme_encoders_stay_finite():
     assert bool(nll.isfinite().all())
     assert bool(posterior.kl().isfinite().all())
     assert LOG_STD_RANGE[0] <= posterior.log_std.min().item() < 0 < posterior.log_std.max().item() <= LOG_STD_RANGE[1]
-
-
-# ---- the block variant
-
-
-def test_block_mask_by_its_definition():
-    mask = block_diffusion_mask(6, 3, torch.device("cpu"))[0, 0]
-    for query in range(12):
-        for key in range(12):
-            q_block, k_block = query % 6 // 2, key % 6 // 2
-            if query < 6:
-                allowed = q_block == k_block if key < 6 else k_block < q_block
-            else:
-                allowed = key >= 6 and k_block <= q_block
-            assert bool(mask[query, key]) == allowed
-
-
-@pytest.mark.parametrize("name", ["blocks, add", "blocks, mdm", "blocks, adaln"])
-def test_a_noisy_block_sees_itself_and_the_clean_blocks_before(name):
-    """Perturb one position of one half at a time and see which blocks hear it."""
-    model = variant("blocks, add", injection="adaln") if name.endswith("adaln") else variant(name)
-    x = inputs(model, rows=3)
-    base = hidden(model, x)
-    for half in ("noisy", "clean"):
-        for position in range(6):
-            changed = x[half].clone()
-            changed[:, position] = (changed[:, position] + 1) % 5
-            moved = (hidden(model, x, **{half: changed}) - base).abs().amax(-1).view(3, 3, 2).amax((0, 2))
-            block = position // 2
-            for b in range(3):
-                heard = b == block if half == "noisy" else b > block
-                assert (moved[b] > 1e-4) if heard else (moved[b] < 1e-6), (half, position, b)
-
-
-@pytest.mark.parametrize("injection", ["add", "adaln"])
-def test_a_block_hears_its_own_latent_only(injection):
-    model = variant("blocks, add", injection=injection)
-    x = inputs(model, rows=3)
-    base = hidden(model, x)
-    for group in range(3):
-        z = x["epsilon"].clone()
-        z[:, group] += 1
-        moved = (hidden(model, x, z) - base).abs().amax(-1).view(3, 3, 2).amax((0, 2))
-        for b in range(3):
-            assert (moved[b] > 1e-4) if b == group else (moved[b] < 1e-6)
-
-
-def test_one_forward_over_all_blocks_equals_block_after_block():
-    """Training sees all blocks at once, the sampler one after the other: with `noisy` holding the clean past."""
-    for name in ("blocks", "blocks, add", "blocks, mdm", "blocks, everything"):
-        model = variant(name)
-        x, groups = inputs(model), model.architecture.groups
-        together = model.denoiser.logits(hidden(model, x))
-        for group in range(groups):
-            inside = slice(group * 6 // groups, (group + 1) * 6 // groups)
-            state = x["clean"].clone()
-            state[:, inside] = x["noisy"][:, inside]
-            state[:, inside.stop :] = model.architecture.mask_id
-            alone = model.logits(state, x["epsilon"], None, x["mask_ratio"])
-            assert close(alone[:, inside], together[:, inside]), name
-
-
-def test_posterior_groups_pool_apart():
-    model = variant("blocks")
-    x = inputs(model)
-    masked = torch.tensor([[True, True, False, False, False, False]] * 4)
-    q = model.encode(x["clean"], masked)
-    assert q.mean.shape == (4, 2, 2)
-    assert bool(q.mean.isfinite().all())  # the second group has nothing masked
-    assert not close(q.mean[:, 0], q.mean[:, 1], 1e-3)
 
 
 # ---- reproducible numbers

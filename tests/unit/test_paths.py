@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import enumerate_paths
+from tiny_models import enumerate_paths, revealed_numbers
 
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import LAWS, random_ranks, reveal_steps
+from vmd_scale.diffusion.paths import RANDOM_LAWS as LAWS
+from vmd_scale.diffusion.paths import highest, masked_before, random_ranks, reveal_steps
 
 INF = math.inf
 
@@ -141,3 +142,32 @@ def test_the_order_revealed_does_not_depend_on_the_rows_beside():
         for row in (0, 1):
             alone, _ = reveal_steps(u[row : row + 1], maskable[row : row + 1], steps, law)
             assert torch.equal(together[row : row + 1], alone), (law, steps, row)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(0, 30), st.sampled_from([1, 2, 3, 4, 7, 20, INF]))
+def test_laws_of_confidence_reveal_as_many_as_balanced(n, steps):
+    total = max(1, n) if steps == INF else steps
+    left = [int(masked_before(k, steps, torch.tensor([n]))) for k in range(total, -1, -1)]
+    assert left[0] == n
+    assert left[-1] == 0
+    numbers = [a - b for a, b in itertools.pairwise(left) if a != b]
+    assert numbers == (revealed_numbers(n, steps) if n else [])
+    if n:
+        u = noise_for(1, 1, 1, n)
+        s, _ = reveal_steps(u, torch.ones(1, 1, n, dtype=torch.bool), steps, "balanced")
+        assert [int((s <= k).sum()) for k in range(total, 0, -1)] == left[:-1]  # at the same numbers of steps
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(maskables(), st.integers(0, 99), st.data())
+def test_highest_chooses_so_many_of_the_highest(among, seed, data):
+    among = among.flatten(0, 1)
+    priority = noise_for(seed, *among.shape).mul(4).floor()  # with ties
+    count = torch.tensor([data.draw(st.integers(0, int(row.sum()))) for row in among])
+    chosen = highest(priority, among, count)
+    assert torch.equal(chosen.sum(-1), count)
+    assert not (chosen & ~among).any()
+    for p, of, out in zip(priority, chosen, among & ~chosen, strict=True):
+        if of.any() and out.any():
+            assert p[of].min() >= p[out].max()

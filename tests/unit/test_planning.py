@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmd_scale.build import build_architecture, build_model, build_objective
 from vmd_scale.config import parse_config
-from vmd_scale.planning import masked_share, plan, training_flops_per_token
+from vmd_scale.planning import denoiser_passes, masked_share, plan, training_flops_per_token
 from vmd_scale.training.launch import first_host
 from vmd_scale.training.optim import learning_rate_at
 
@@ -30,8 +30,15 @@ def config_of(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"latent": {"width": 0}}, {"diffusion": {"steps": [1, 4]}}, {"model": {"layers": 4, "mlp": "swiglu"}}],
-    ids=["vmd", "mdm", "small T", "deeper"],
+    [
+        {},
+        {"latent": {"width": 0}},
+        {"diffusion": {"steps": [1, 4]}},
+        {"model": {"layers": 4, "mlp": "swiglu"}},
+        {"latent": {"prior": "conditional"}},
+        {"diffusion": {"objective": "iw", "steps": [1, 4], "importance_samples": 3}},
+    ],
+    ids=["vmd", "mdm", "small T", "deeper", "conditional prior", "importance weighted"],
 )
 def test_flops_per_token_are_what_a_training_step_computes(changes):
     config = config_of(**changes)
@@ -42,7 +49,9 @@ def test_flops_per_token_are_what_a_training_step_computes(changes):
     with counter:
         objective(model, x, 1.0).total.backward()
     share = len(x.index) / clean.numel()  # what was masked in this batch, instead of its mean
-    expected = training_flops_per_token(build_architecture(config, VOCABULARY), share) * clean.numel()
+    passes = 1 if x.owner is None else 3 * len(x.owner) / 8
+    expected = training_flops_per_token(build_architecture(config, VOCABULARY), share, passes) * clean.numel()
+    assert denoiser_passes(config) == pytest.approx(passes, rel=0.2)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
     assert masked_share(config) == pytest.approx(share, abs=0.1)
 

@@ -3,14 +3,20 @@
 Nothing here calls `vmd_scale.diffusion`: paths, likelihoods and bounds are computed from their definitions.
 """
 
+import functools
 import itertools
 import math
+from collections import defaultdict
+from typing import NamedTuple
 
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from vmd_scale.model import VMD, Architecture
 
 torch.set_num_threads(1)
+
+CONFIDENCE = ("top_prob", "margin", "entropy")
 
 
 def architecture(**changes):
@@ -55,6 +61,11 @@ def loud(model, seed=0):
             out.weight.mul_(0.4)
             out.weight[width:].mul_(0.3)
             out.bias[width:] = 0.3
+        if model.prior_network is not None:  # narrower than the posterior, for the same reason
+            out, width = model.prior_network.out, model.architecture.latent_width
+            out.weight.mul_(0.6)
+            out.weight[width:].mul_(0.3)
+            out.bias[width:] = -0.3
     return model.eval()
 
 
@@ -90,84 +101,190 @@ def enumerate_paths(n, steps, law):
     return [[step for step in path if any(step[1])] for path in paths]
 
 
+def revealed_numbers(n, steps):
+    """How many of n positions are revealed at each step that reveals any, in sampling order."""
+    total = n if steps == math.inf else int(steps)
+    left = [k * n // total for k in range(total, -1, -1)]
+    return [a - b for a, b in itertools.pairwise(left) if a > b]
+
+
+class State(NamedTuple):
+    """What a model says where some positions are masked; [rows, z, free positions], float64."""
+
+    log_p: torch.Tensor  # log p(x0_i | xt, z)
+    sureness: dict  # of the prediction, by law of confidence
+    weights: torch.Tensor  # of each z, [rows, z]
+
+
+def sureness(log_p):
+    """By the laws' definitions, the larger the surer, from log p [..., V]."""
+    p = log_p.exp().sort(dim=-1).values
+    return {"top_prob": p[..., -1], "margin": p[..., -1] - p[..., -2], "entropy": (p * p.log()).sum(-1)}
+
+
 class Enumeration:
     """Exact likelihoods and bounds of every sequence of a model with at most one-dimensional latents, by group.
 
-    Integrals over z are sums on a grid (the trapezoid rule converges exponentially for smooth integrands).
+    Integrals over z are sums on a grid (the trapezoid rule converges exponentially for smooth integrands; where the
+    order of the positions follows z, the integrand jumps, and the grid has to be fine).
     """
 
-    def __init__(self, model, points=257):
-        self.model, self.a = model, model.architecture
-        self.rows = sequences(self.a.vocab_size, self.a.row_length)
+    def __init__(self, model, points=257, given=None, grid=None):
+        """`given`: {position: token}, never masked; the sequences are those that agree with it. `grid`: of z."""
+        self.model, self.a, given = model, model.architecture, given or {}
+        rows = sequences(self.a.vocab_size, self.a.row_length)
+        for position, token in given.items():
+            rows = rows[rows[:, position] == token]
+        self.rows = rows
         self.size = self.a.row_length // self.a.groups
+        places = torch.arange(self.a.row_length).view(self.a.groups, -1).tolist()
+        self.free = [[i for i in of_group if i not in given] for of_group in places]
+        self.maskable = torch.tensor([i not in given for i in range(self.a.row_length)])
         if self.a.latent_width:
-            self.grid = torch.linspace(-8, 8, points, dtype=torch.float64)
-            self.weights = torch.softmax(-0.5 * self.grid**2, 0)
+            self.grid = torch.linspace(-8, 8, points, dtype=torch.float64) if grid is None else grid
         else:
-            self.grid, self.weights = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        everywhere = self.grid.expand(len(self.rows), -1)
-        self.under_prior = [self._tables(group, lambda masked: everywhere) for group in range(self.a.groups)]
+            self.grid = torch.zeros(1, dtype=torch.float64)
+        # One z for the whole path comes from the prior that sees what was given; a fresh one from what is visible.
+        places = range(self.a.groups)
+        fixed = [self._tables(group, lambda group, masked: self._everywhere(group, None)) for group in places]
+        apart = model.prior_network is not None
+        fresh = [self._tables(group, self._everywhere) for group in places] if apart else fixed
+        self.under_prior = {"fixed": fixed, "fresh": fresh}
+
+    def _everywhere(self, group, masked):
+        """The grid of z, and the weights that the prior gives it."""
+        z = self.grid.expand(len(self.rows), -1)
+        return z, self.prior(group, masked).log_prob(z).softmax(-1)
+
+    def _noisy(self, group, masked):
+        """The rows before a step: what `masked` says of the free positions of a group (None: all), and the pattern."""
+        pattern = torch.zeros(self.a.row_length, dtype=torch.bool)
+        pattern[self.free[group]] = torch.tensor(masked or (True,) * len(self.free[group]))
+        noisy = self.rows.masked_fill(pattern, self.a.mask_id)
+        noisy[:, (group + 1) * self.size :] = torch.where(self.maskable, self.a.mask_id, noisy)[
+            :, (group + 1) * self.size :
+        ]
+        return noisy, pattern.expand_as(noisy)
+
+    @torch.no_grad()
+    def prior(self, group, masked):
+        """p(z | what is visible), for every row."""
+        if self.model.prior_network is None:
+            zero = torch.zeros(len(self.rows), 1, dtype=torch.float64)
+            return Normal(zero, torch.ones_like(zero))
+        p = self.model.prior_network(*self._noisy(group, masked), None)
+        return Normal(p.mean[:, group].double(), p.log_std[:, group].double().exp())
+
+    @torch.no_grad()
+    def posterior(self, masked):
+        """q(z | x0, m), for every row of one group."""
+        q = self.model.encoder(self.rows, self._noisy(0, masked)[1], None)
+        return Normal(q.mean[:, 0].double(), q.log_std[:, 0].double().exp())
 
     @torch.no_grad()
     def _tables(self, group, z_of):
-        """{masked set of the group: log p(x0_i | xt, z), float64 [rows, z, positions of the group]}."""
-        tables = {}
-        inside = slice(group * self.size, (group + 1) * self.size)
-        for masked in subsets(self.size):
-            noisy = self.rows.clone()
-            noisy[:, inside] = noisy[:, inside].masked_fill(torch.tensor(masked), self.a.mask_id)
-            noisy[:, inside.stop :] = self.a.mask_id
-            z_values = z_of(masked)
+        """{masked set of the group's free positions: State}."""
+        tables, free = {}, self.free[group]
+        for masked in subsets(len(free)):
+            noisy, _ = self._noisy(group, masked)
+            z_values, weights = z_of(group, masked)
             count = z_values.shape[1]
             noisy = noisy.repeat_interleave(count, 0)
             z = None
             if self.a.latent_width:
                 z = torch.zeros(len(noisy), self.a.groups, 1)
                 z[:, group, 0] = z_values.flatten().float()
-            ratio = torch.full((len(noisy), self.a.groups), sum(masked) / self.size)
-            logits = self.model.logits(noisy, z, None, ratio)
-            targets = self.rows.repeat_interleave(count, 0)
-            log_p = logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            tables[masked] = log_p[:, inside].view(len(self.rows), count, self.size)
+            ratio = torch.full((len(noisy), self.a.groups), sum(masked) / len(free))
+            log_p = self.model.logits(noisy, z, None, ratio)[:, free].double().log_softmax(-1)
+            targets = self.rows[:, free].repeat_interleave(count, 0)
+            shape = (len(self.rows), count, len(free))
+            of_targets = log_p.gather(-1, targets.unsqueeze(-1)).view(shape)
+            sure = {law: s.view(shape) for law, s in sureness(log_p).items()}
+            tables[masked] = State(of_targets, sure, weights)
         return tables
 
     def likelihood(self, steps, latent, law):
         """p_T(x0) of every sequence."""
         result = torch.ones(len(self.rows), dtype=torch.float64)
-        for table in self.under_prior:
-            paths = enumerate_paths(self.size, steps, law)
-            of_group = torch.zeros_like(result)
-            for path in paths:
-                logs = [(table[m] * torch.tensor(r)).sum(-1) for m, r in path]  # [rows, z] for each step
-                if latent == "fixed":
-                    of_group += torch.stack(logs).sum(0).exp() @ self.weights
-                else:
-                    of_group += torch.stack([step.exp() @ self.weights for step in logs]).prod(0)
-            result *= of_group / len(paths)
+        for tables in self.under_prior[latent]:
+            walk = self._by_confidence if law in CONFIDENCE else self._by_chance
+            result *= walk(tables, steps, latent, law)
         return result
 
-    @torch.no_grad()
+    def _by_chance(self, tables, steps, latent, law):
+        paths = enumerate_paths(len(next(iter(tables))), steps, law)
+        result = torch.zeros(len(self.rows), dtype=torch.float64)
+        for path in paths:
+            p = torch.stack([(tables[m].log_p * torch.tensor(r)).sum(-1).exp() for m, r in path])  # [steps, rows, z]
+            weights = torch.stack([tables[m].weights for m, _ in path])
+            if latent == "fixed":
+                result += (p.prod(0) * weights[0]).sum(-1)
+            else:
+                result += (p * weights).sum(-1).prod(0)
+        return result / len(paths)
+
+    def _by_confidence(self, tables, steps, latent, law):
+        """The probability of having come, by the tokens of each row, to each set of masked positions."""
+        n = len(next(iter(tables)))
+        start = tables[(True,) * n].weights
+        reached = {(True,) * n: torch.ones_like(start)}
+        for number in revealed_numbers(n, steps):
+            after = defaultdict(lambda: torch.zeros_like(start))
+            for masked, mass in reached.items():
+                log_p, sure, weights = tables[masked].log_p, tables[masked].sureness[law], tables[masked].weights
+                for revealed in itertools.product((False, True), repeat=n):
+                    left = tuple(m and not r for m, r in zip(masked, revealed, strict=True))
+                    if sum(revealed) != number or sum(left) != sum(masked) - number:
+                        continue
+                    inside, outside = torch.tensor(revealed), torch.tensor(left)
+                    surer = sure.masked_fill(~inside, math.inf).amin(-1) > sure.masked_fill(~outside, -math.inf).amax(
+                        -1
+                    )
+                    here = mass * surer * (log_p * inside).sum(-1).exp()
+                    after[left] += here if latent == "fixed" else (here * weights).sum(-1, keepdim=True)
+            reached = after
+        (mass,) = reached.values()
+        return (mass * start).sum(-1)
+
+    def _around(self, normal):
+        """A grid of z around each row's own normal distribution, and its weights."""
+        z = normal.mean + normal.stddev * self.grid
+        return z, normal.log_prob(z).softmax(-1)
+
     def negative_elbo(self, steps, latent, law):
         """Of every sequence, for one group."""
         assert self.a.groups == 1
-        paths = enumerate_paths(self.size, steps, law)
-        everything = (True,) * self.size
-        means, stds, kls = {}, {}, dict.fromkeys(subsets(self.size), 0.0)
+        n = len(self.free[0])
+        paths, everything = enumerate_paths(n, steps, law), (True,) * n
+        tables, kls = self.under_prior[latent][0], dict.fromkeys(subsets(n), 0.0)
         if self.a.latent_width:
-            for m in subsets(self.size):
-                pattern = torch.tensor(m if latent == "fresh" else everything).expand_as(self.rows)
-                q = self.model.encode(self.rows, pattern)
-                means[m], stds[m] = q.mean.double().view(-1, 1), q.log_std.double().exp().view(-1, 1)
-                normal = torch.distributions.Normal(means[m], stds[m])
-                standard = torch.distributions.Normal(torch.zeros_like(means[m]), torch.ones_like(stds[m]))
-                kls[m] = torch.distributions.kl_divergence(normal, standard).squeeze(-1)
-            table = self._tables(0, lambda m: means[m] + stds[m] * self.grid)
-        else:
-            table = self.under_prior[0]
+            seen = {m: m if latent == "fresh" else everything for m in subsets(n)}
+            kls = {m: kl_divergence(self.posterior(s), self.prior(0, s)).squeeze(-1) for m, s in seen.items()}
+            tables = self._tables(0, lambda group, m: self._around(self.posterior(seen[m])))
         result = torch.zeros(len(self.rows), dtype=torch.float64)
         for path in paths:
             for masked, revealed in path:
-                result -= (table[masked] * torch.tensor(revealed)).sum(-1) @ self.weights
+                result -= ((tables[masked].log_p * torch.tensor(revealed)).sum(-1) * tables[masked].weights).sum(-1)
                 if latent == "fresh":
                     result += kls[masked]
         return result / len(paths) + (kls[everything] if latent == "fixed" else 0)
+
+
+MODELS = {
+    "vmd": {"seed": 14},
+    "vmd, time": {"seed": 3, "time_conditioning": True, "norm": "rmsnorm", "mlp": "swiglu"},
+    "vmd, add": {"seed": 4, "injection": "add", "tie_embeddings": True},
+    "mdm": {"seed": 6, "latent_width": 0},
+    "blocks": {"seed": 9, "vocab_size": 2, "row_length": 4, "groups": 2},
+    "blocks, add": {"seed": 8, "vocab_size": 2, "row_length": 4, "groups": 2, "injection": "add"},
+}
+
+
+@functools.cache
+def model_of(name):
+    return tiny_model(**MODELS[name])
+
+
+@functools.cache
+def exact_of(name):
+    return Enumeration(model_of(name))

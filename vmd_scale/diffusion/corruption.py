@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import random_ranks
+from vmd_scale.diffusion.paths import RANDOM_LAWS, random_ranks
 
 INDEX_MULTIPLE = 128  # the list of masked positions is padded, so that few different shapes occur
 
@@ -63,6 +63,8 @@ def corrupt(
         u_time: uniform, float64 [B, G], chooses the step.
         u_path: uniform, float64 [B, G, L / G], chooses the path.
     """
+    if law not in RANDOM_LAWS:
+        raise ValueError(f"law {law!r} depends on the predictions; allowed: {', '.join(RANDOM_LAWS)}")
     batch, length = clean.shape
     maskable_in = maskable.view(u_path.shape)
     count = maskable_in.sum(-1)  # n, [B, G]

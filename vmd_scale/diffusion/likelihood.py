@@ -5,6 +5,10 @@ of the paths). The training surrogate lives apart, in `vmd_surrogate`, because i
 
     elbo  one random step of one random path; KL counted once (fixed z) or at every step that reveals something (fresh)
     iw    -log 1/K sum_k prod_over_path p(x0 | x_before, z) p(z) / q(z | x0): whole paths; falls to -log p_T(x0) with K
+
+Laws of confidence leave no choice of the path once x0 and z are known: there the product is p(x0 | z) itself, and
+without a latent iw is the exact likelihood. One random step of such a path cannot be had without walking to it, so that
+elbo is not for them: iw with K = 1 is.
 """
 
 import math
@@ -16,9 +20,10 @@ from torch import Tensor
 
 from vmd_scale.diffusion.corruption import corrupt, masked_index, masked_share, stratified
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import reveal_steps
 from vmd_scale.diffusion.sampler import Sampler, substep
+from vmd_scale.diffusion.walks import DrawnPath, Path, ReplayedPath
 from vmd_scale.model import VMD, Posterior
+from vmd_scale.model.head import masked_nll
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,13 @@ def elbo(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, total_rows: int
         rows: on the host.
         total_rows: rows in the whole evaluation set: times are stratified over it.
         draw: number of the draw; other numbers give independent estimates.
+
+    Raises:
+        ValueError: a law of confidence, or a sampler that is not plain.
     """
+    _check(sampler)
+    if sampler.by_confidence:
+        raise ValueError(f"the one-step ELBO is for random paths, not {sampler.law!r}; use importance_weighted, K = 1")
     fresh = sampler.latent == "fresh"
     one = _score_one_step(model, rows, sampler.steps, sampler.law, noise, total_rows, draw, encode_all=not fresh)
     kl_weight = one.reveals if fresh else one.any_maskable
@@ -59,46 +70,59 @@ def vmd_surrogate(model: VMD, rows: Rows, noise: Noise, total_rows: int, law: st
 def importance_weighted(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samples: int, draw: int = 0) -> Tensor:
     """IW-K bound of each row (arXiv 1509.00519, over latents and paths together); float64 [B], nats.
 
-    Costs K * T forwards. Each sample scores a whole path, so that it is an unbiased estimate of p_T(x0): a noisy
-    estimate of an inner bound must never stand under the logarithm of the mean.
+    Costs K * T forwards; K = 1 is the ELBO by whole paths. Each sample scores a whole path, so that it is an unbiased
+    estimate of p_T(x0): a noisy estimate of an inner bound must never stand under the logarithm of the mean. Blocks are
+    bounded one by one, each given the clean ones before it: that is tighter than one mean over whole rows.
+
+    Raises:
+        ValueError: a sampler that is not plain.
     """
     logs = [path_log_weight(model, rows, sampler, noise, draw * samples + k) for k in range(samples)]
-    return math.log(samples) - torch.stack(logs).logsumexp(0)
+    return (math.log(samples) - torch.stack(logs).logsumexp(0)).sum(-1)
 
 
 @torch.no_grad()
 def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, sample: int) -> Tensor:
-    """log of prod_i p(x0_i | x before i, z) * p(z) / q(z | x0) for one drawn path and z; float64 [B].
+    """log of prod_i p(x0_i | x before i, z) * p(z) / q(z | x0) for one path, drawn or replayed, and z; float64 [B, G].
 
     In the block variant all blocks walk their paths at once: each sees only the clean blocks before it.
     """
+    _check(sampler)
     a, device = model.architecture, next(model.parameters()).device
     batch, groups = len(rows.clean), a.groups
-    u = noise.uniform(Stream.PATH, sample, rows.numbers, (groups, a.row_length // groups))
-    in_groups = rows.maskable.view(u.shape)
-    steps, total = reveal_steps(u, in_groups, sampler.steps, sampler.law)
-    steps = steps.reshape(batch, -1)
+    path: Path
+    if sampler.by_confidence:
+        path = ReplayedPath(rows.maskable, groups, sampler)
+    else:
+        shape = (groups, a.row_length // groups)
+        path = DrawnPath(rows.maskable, noise.uniform(Stream.PATH, sample, rows.numbers, shape), sampler)
     on = rows.to(device)
-    result = torch.zeros(batch, dtype=torch.float64, device=device)
+    result = torch.zeros(batch, groups, dtype=torch.float64, device=device)
     z = None
     if a.latent_width and sampler.latent == "fixed":
         z, log_ratio = _draw(model.encode(on.clean, on.maskable, on.attend), _epsilon(model, rows, noise, sample))
-        result += (log_ratio * on.maskable.view(batch, groups, -1).any(-1)).sum(-1)
-    for k in range(total, 0, -1):
-        revealed = steps == k
-        if not revealed.any():
+        result += log_ratio * on.maskable.view(batch, groups, -1).any(-1)
+    for k in range(path.total, 0, -1):
+        if not path.reveals(k).any():
             continue
-        masked = (steps <= k) & rows.maskable
-        on_masked, on_revealed = masked.to(device), revealed.to(device)
+        on_masked = path.masked.to(device)
         if a.latent_width and sampler.latent == "fresh":
             posterior = model.encode(on.clean, on_masked, on.attend)
             z, log_ratio = _draw(posterior, _epsilon(model, rows, noise, substep(sample, k)))
-            result += (log_ratio * on_revealed.view(batch, groups, -1).any(-1)).sum(-1)
-        ratio = masked_share(masked, rows.maskable, groups).to(device)
+            result += log_ratio * path.reveals(k).to(device)
+        ratio = masked_share(path.masked, rows.maskable, groups).to(device)
         noisy = on.clean.masked_fill(on_masked, a.mask_id)
-        nll = model.token_nll(on.clean, noisy, masked_index(revealed).to(device), z, on.attend, ratio)
-        result -= nll.double().sum(-1)
+        hidden = model.denoiser(noisy, z, on.attend, ratio, on.clean)
+        revealed = path.step(k, hidden, model)
+        index = masked_index(revealed).to(device)
+        nll = masked_nll(hidden, on.clean, index, model.denoiser.logits, a.vocab_size)
+        result -= nll.double().view(batch, groups, -1).sum(-1)
     return result.cpu()
+
+
+def _check(sampler: Sampler) -> None:
+    if not sampler.is_plain:
+        raise ValueError(f"a likelihood is that of the model's own distribution; this sampler changes it: {sampler}")
 
 
 class _OneStep(NamedTuple):

@@ -1,27 +1,48 @@
-"""The ancestral T-step sampler: the very model whose likelihood `likelihood` bounds."""
+"""The T-step sampler, the very model whose likelihood `likelihood` bounds; and forms of it that have no likelihood."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vmd_scale.diffusion.corruption import masked_share
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import LAWS, reveal_steps
+from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, highest, masked_before
+from vmd_scale.diffusion.tokens import confidence_of, draw_tokens
 from vmd_scale.model import VMD
+from vmd_scale.model.layers import KeyValues
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A generative model by name. Raises `ValueError` for a name that does not exist."""
+    """A generative model by name.
+
+    The last four change what is drawn for the sake of quality; only at their defaults has it a likelihood here
+    (`is_plain`). Raises `ValueError` for a sampler that does not exist.
+    """
 
     steps: float  # T, math.inf allowed
     latent: str = "fixed"  # fixed: one z for the whole path; fresh: a new z at every step
-    law: str = "balanced"  # of the paths: bernoulli | balanced
+    law: str = "balanced"  # of the paths: bernoulli | balanced | top_prob | margin | entropy
+    temperature: float = 1.0  # of the tokens; 0 takes the most probable one
+    nucleus: float = 1.0  # tokens are drawn from the smallest set that holds so much probability (arXiv 1904.09751)
+    order_noise: float = 0.0  # Gumbel noise on the log of the confidence, fading with the steps (arXiv 2202.04200)
+    remask: float = 0.0  # at most this share of the revealed tokens is masked again after a step (arXiv 2503.00307)
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.latent not in ("fixed", "fresh") or self.law not in LAWS:
+        wrong = self.steps < 1 or self.steps % 1 > 0 or self.latent not in ("fixed", "fresh") or self.law not in LAWS
+        wrong |= not (self.temperature >= 0 and 0 < self.nucleus <= 1 and self.order_noise >= 0)
+        wrong |= not 0 <= self.remask < 1 or (self.remask > 0 and self.law == "bernoulli")
+        if wrong or (self.order_noise > 0 and not self.by_confidence):
             raise ValueError(f"no such sampler: {self}")
+
+    @property
+    def by_confidence(self) -> bool:
+        return self.law in CONFIDENCE_LAWS
+
+    @property
+    def is_plain(self) -> bool:
+        return (self.temperature, self.nucleus, self.order_noise, self.remask) == (1, 1, 0, 0)
 
 
 def substep(draw: int, step: int) -> int:
@@ -50,51 +71,135 @@ def sample(
     Returns:
         int64 [B, L], on the host.
     """
-    a, device = model.architecture, next(model.parameters()).device
-    batch, groups = len(numbers), a.groups
+    a = model.architecture
+    shape = (len(numbers), a.row_length)
     if maskable is None:
-        maskable = torch.ones(batch, a.row_length, dtype=torch.bool)
-    x = torch.full((batch, a.row_length), a.mask_id) if given is None else given.masked_fill(maskable, a.mask_id)
-    u_path = noise.uniform(Stream.SAMPLE_PATH, 0, numbers, (groups, a.row_length // groups))
-    steps, total = reveal_steps(u_path, maskable.view(u_path.shape), sampler.steps, sampler.law)
-    u_token = noise.uniform(Stream.SAMPLE_TOKEN, 0, numbers, (a.row_length,)).to(
-        device
-    )  # a position is drawn only once
+        maskable = torch.ones(shape, dtype=torch.bool)
+    x = torch.full(shape, a.mask_id) if given is None else given.masked_fill(maskable, a.mask_id)
+    device = next(model.parameters()).device
     on_attend = None if attend is None else attend.to(device)
-    x, on_maskable = x.to(device), maskable.to(device)
-    z = _prior(model, noise, numbers, 0)
-    for group in range(groups):  # block after block; a plain row is one block
+    walk = _Walk(model, sampler, noise, numbers, x.to(device), maskable.to(device), on_attend)
+    for group in range(a.groups):  # block after block; a plain row is one block
+        walk.block(group)
+        if group < a.groups - 1:
+            walk.remember(group)
+    return walk.x.cpu()
+
+
+class _Walk:
+    """A batch of rows on their way from masks to tokens."""
+
+    def __init__(
+        self,
+        model: VMD,
+        sampler: Sampler,
+        noise: Noise,
+        numbers: Tensor,
+        x: Tensor,
+        maskable: Tensor,
+        attend: Tensor | None,
+    ) -> None:
+        a = model.architecture
+        self.model, self.sampler, self.x, self.maskable, self.attend = model, sampler, x, maskable, attend
+        self.noise, self.numbers = noise, numbers
+        self.mask_id, self.size = a.mask_id, a.row_length // a.groups
+        self.past = [KeyValues() for _ in range(a.layers)] if a.groups > 1 else None
+        self.order = self._uniform(Stream.SAMPLE_PATH, 0)
+        self.u = self._uniform(Stream.SAMPLE_TOKEN, 0)  # enough as long as a position is drawn only once
+        self.z = self._latent(0)
+
+    def block(self, group: int) -> None:
+        """Draw one block; those before it are complete."""
+        sampler, inside = self.sampler, slice(group * self.size, (group + 1) * self.size)
+        maskable = self.maskable[:, inside]
+        count = maskable.sum(-1)
+        drawn_with = torch.zeros(maskable.shape, dtype=torch.float64, device=self.x.device)
+        total = self._total(count)
         for k in range(total, 0, -1):
-            revealed = torch.zeros_like(steps, dtype=torch.bool)
-            revealed[:, group] = steps[:, group] == k
-            if not revealed.any():
+            masked = maskable & (self.x[:, inside] == self.mask_id)
+            left = self._masked_after(k, count, maskable, self.order[:, inside])
+            again = torch.minimum((sampler.remask * (count - masked.sum(-1))).long(), left)
+            number = masked.sum(-1) + again - left  # of positions to draw
+            # Nothing changes in the other rows: they need no forward, which is all that a cache of it could spare.
+            rows = number.nonzero().squeeze(-1)
+            if not len(rows):
                 continue
             if sampler.latent == "fresh":
-                z = _prior(model, noise, numbers, substep(group, k))
-            where = revealed.view(batch, -1).to(device)
-            ratio = masked_share(x == a.mask_id, on_maskable, groups) if a.time_conditioning else None
-            hidden = model.denoiser(x, z, on_attend, ratio, clean=x)
-            x = x.masked_scatter(where, draw_categorical(model.denoiser.logits(hidden[where]), u_token[where]))
-    return x.cpu()
+                self.z = self._latent(substep(group, k))
+            if sampler.remask or sampler.order_noise:
+                self.order = self._uniform(Stream.SAMPLE_PATH, substep(group, k))
+                self.u = self._uniform(Stream.SAMPLE_TOKEN, substep(group, k))
+            ratio = (masked.sum(-1) / count.clamp(min=1))[rows, None]
+            hidden = self._hidden(rows, group, ratio)
+            priority = self.order[rows, inside]
+            if sampler.by_confidence:
+                fade = (k - 1) / count[rows].clamp(min=1, max=total)  # of the row's own steps: not of those beside it
+                priority = self._sureness(hidden, masked[rows], priority, fade.unsqueeze(-1))
+            drawn = highest(priority, masked[rows], number[rows])
+            tokens, probability = draw_tokens(
+                self.model.denoiser.logits(hidden[drawn]),
+                self.u[rows, inside][drawn],
+                sampler.temperature,
+                sampler.nucleus,
+            )
+            known = maskable & ~masked
+            self.x[rows, inside] = self.x[rows, inside].masked_scatter(drawn, tokens)
+            if sampler.remask:
+                self.x[:, inside] = self.x[:, inside].masked_fill(highest(-drawn_with, known, again), self.mask_id)
+                drawn_with[rows] = drawn_with[rows].masked_scatter(drawn, probability)
 
+    def remember(self, group: int) -> None:
+        """Keep keys and values of a complete block for those after it."""
+        assert self.past is not None
+        block = self.x[:, group * self.size : (group + 1) * self.size]
+        self.model.denoiser.forward_block(block, group, self.past, None, self.attend, clean=True)
 
-def draw_categorical(logits: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF draw in float64 (lower precision cuts off the tails and flatters samples).
+    def _total(self, count: Tensor) -> int:
+        """Steps to walk: T, but no more than could reveal something by a law that never leaves a step empty."""
+        if self.sampler.steps > self.size and not self._by_coin:
+            return max(1, int(count.max()))
+        return int(self.sampler.steps)
 
-    Args:
-        logits: [..., V]; u: uniform in (0, 1), float64 [...].
+    @property
+    def _by_coin(self) -> bool:
+        return self.sampler.law == "bernoulli" and not math.isinf(self.sampler.steps)
 
-    Returns:
-        int64 [...].
-    """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    threshold = u.unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    def _masked_after(self, k: int, count: Tensor, maskable: Tensor, order: Tensor) -> Tensor:
+        """How many positions are masked after step k, int64 [B]."""
+        if self._by_coin:  # revealed at step floor(u T) + 1: those before step k are left
+            return (maskable & (order * self.sampler.steps < k - 1)).sum(-1)
+        return masked_before(k - 1, self.sampler.steps, count)
 
+    def _hidden(self, rows: Tensor, group: int, ratio: Tensor) -> Tensor:
+        """Hidden states of one block of some rows, [n, L / G, D]."""
+        attend = None if self.attend is None else self.attend[rows]
+        z = None if self.z is None else self.z[rows, group : group + 1]
+        if self.past is None:
+            return self.model.denoiser(self.x[rows], z, attend, ratio)
+        past = [layer.rows(rows) for layer in self.past] if len(rows) < len(self.x) else self.past
+        block = self.x[rows, group * self.size : (group + 1) * self.size]
+        return self.model.denoiser.forward_block(block, group, past, z, attend, ratio)
 
-def _prior(model: VMD, noise: Noise, numbers: Tensor, step: int) -> Tensor | None:
-    a = model.architecture
-    if not a.latent_width:
-        return None
-    device = next(model.parameters()).device
-    return noise.normal(Stream.SAMPLE_LATENT, step, numbers, (a.groups, a.latent_width)).to(device)
+    def _sureness(self, hidden: Tensor, masked: Tensor, u: Tensor, fade: Tensor) -> Tensor:
+        """By what the laws of confidence choose among masked positions, float64 [n, L / G]."""
+        sampler, denoiser = self.sampler, self.model.denoiser
+        sure = confidence_of(hidden[masked], denoiser.logits, self.model.architecture.vocab_size, sampler.law)
+        if sampler.order_noise:
+            on_log_scale = sure if sampler.law == "entropy" else sure.clamp(min=1e-300).log()
+            scale = (sampler.order_noise * fade).expand(masked.shape)[masked]
+            sure = on_log_scale - scale * (-u[masked].log()).log()
+        return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, sure)
+
+    def _latent(self, step: int) -> Tensor | None:
+        """z of every group, [B, G, d_z]; a conditional prior reads the tokens that are there already."""
+        a = self.model.architecture
+        if not a.latent_width:
+            return None
+        shape = (a.groups, a.latent_width)
+        epsilon = self.noise.normal(Stream.SAMPLE_LATENT, step, self.numbers, shape).to(self.x.device)
+        prior = self.model.prior(self.x, self.maskable & (self.x == self.mask_id), self.attend)
+        return epsilon if prior is None else prior.sample(epsilon)
+
+    def _uniform(self, stream: Stream, step: int) -> Tensor:
+        """Uniform in (0, 1), float64 [B, L]."""
+        return self.noise.uniform(stream, step, self.numbers, (self.x.shape[1],)).to(self.x.device)

@@ -17,6 +17,7 @@ from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
@@ -33,7 +34,7 @@ class Result:
     steps: int | str  # T; "inf"
     latent: str  # fixed | fresh | none
     k: int
-    bound: str  # elbo | iw
+    bound: str  # elbo | iw | exact (nothing is random)
     nats_per_token: float
     bits_per_token: float
     perplexity: float
@@ -42,7 +43,7 @@ class Result:
     rows: int
     weights: str
     step: int
-    paths: str
+    paths: str  # law of the paths
     interval: str  # of t: full is (0, 1]
     draws: int
     seed: int
@@ -96,12 +97,14 @@ def evaluate(
     Rows are dealt out to the ranks, each exactly once; the result does not depend on their number.
 
     Raises:
-        UserError: fewer than two rows, no draws, or a latent that is neither fixed nor fresh.
+        UserError: fewer than two rows, no draws, or a latent or paths that do not exist.
     """
     if request.draws < 1:
         raise UserError(f"--draws {request.draws}: must be at least 1")
     if request.latent not in ("fixed", "fresh"):
         raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
+    if request.paths not in LAWS:
+        raise UserError(f"--paths {request.paths!r}: allowed: {', '.join(LAWS)}")
     rows = chosen_rows(reader.rows, request.rows)
     if len(rows) < 2:
         raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")
@@ -109,13 +112,14 @@ def evaluate(
     score_all = partial(_score_all, reader, rows, request.micro_batch, ranks or Ranks())
     surrogate = None
     if request.surrogate:
-        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, request.paths)))
+        law = "balanced" if Sampler(1, law=request.paths).by_confidence else request.paths
+        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, law)))
     results = []
     for k, steps in product(request.samples, request.steps):
         sampler = Sampler(steps, request.latent, request.paths)
 
         def bound(some: Rows, k: int = k, sampler: Sampler = sampler) -> torch.Tensor:
-            if k > 1:
+            if k > 1 or sampler.by_confidence:  # of a replayed path there is no random step
                 estimates = [importance_weighted(model, some, sampler, noise, k, draw) for draw in draws]
             else:
                 estimates = [elbo(model, some, sampler, noise, total, draw) for draw in draws]
@@ -123,6 +127,7 @@ def evaluate(
 
         nats, tokens = score_all(bound)
         mean, error = _mean_and_error(nats, tokens)
+        certain = not model.architecture.latent_width and (sampler.by_confidence or steps == 1)
         results.append(
             Result(
                 protocol=request.protocol,
@@ -130,7 +135,7 @@ def evaluate(
                 steps="inf" if math.isinf(steps) else int(steps),
                 latent=request.latent if model.architecture.latent_width else "none",
                 k=k,
-                bound="iw" if k > 1 else "elbo",
+                bound="exact" if certain else "iw" if k > 1 else "elbo",
                 nats_per_token=mean,
                 bits_per_token=mean / math.log(2),
                 perplexity=math.exp(min(mean, 700.0)),

@@ -21,12 +21,13 @@ class Architecture:
     dropout: float
     tie_embeddings: bool
     time_conditioning: bool
-    attention: str  # auto | flash | sdpa | reference
+    attention: str  # auto | flash | sdpa | flex | reference
     condition_width: int
     latent_width: int  # d_z; 0 is the MDM baseline
     injection: str  # adaln | add
     encoder_layers: int
     encoder_width: int
+    prior: str = "standard"  # standard: N(0, I) | conditional: a network that reads the visible tokens
 
     @property
     def mask_id(self) -> int:

@@ -2,10 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask | None
 
 
 @functools.cache
@@ -20,8 +24,15 @@ def flash_available() -> bool:
     return True
 
 
-def choose_kernel(wanted: str) -> str:
-    """``auto`` becomes flash where flash-attn and a GPU are at hand, else PyTorch's own SDPA."""
+def choose_kernel(wanted: str, blocks: bool = False) -> str:
+    """``auto`` becomes flash where flash-attn and a GPU are at hand, else PyTorch's own SDPA.
+
+    With `blocks` (block diffusion's mask), it becomes flex on a GPU; without, flex has nothing to do and is SDPA.
+    """
+    if blocks and wanted in ("auto", "flash") and torch.cuda.is_available():
+        return "flex"
+    if wanted == "flex" and not blocks:
+        return "sdpa"
     if wanted == "auto":
         return "flash" if flash_available() else "sdpa"
     if wanted == "flash" and not flash_available():
@@ -29,13 +40,14 @@ def choose_kernel(wanted: str) -> str:
     return wanted
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str) -> Tensor:
     """Softmax attention, bidirectional.
 
     Args:
-        q, k, v: [B, L, heads, head width].
-        mask: bool, broadcastable to [B, heads, L, L], true where attention is allowed; None allows all.
-        kernel: flash | sdpa | reference. Flash has no general mask: SDPA takes over where there is one.
+        q: [B, L, heads, head width]; k, v: [B, S, heads, head width].
+        mask: bool, broadcastable to [B, heads, L, S], true where attention is allowed; None allows all; a `BlockMask`
+            is for FlexAttention.
+        kernel: flash | sdpa | flex | reference. Flash has no general mask: SDPA takes over where there is one.
 
     Returns:
         [B, L, heads, head width].
@@ -45,6 +57,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str)
 
         return flash_attn_func(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if isinstance(mask, BlockMask):
+        return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
     if kernel == "reference":
         scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
         if mask is not None:
@@ -78,16 +92,49 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)
 
 
-def block_diffusion_mask(length: int, groups: int, device: torch.device) -> Tensor:
+@functools.cache
+def _flex(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention; on a CPU uncompiled, which is slow and needs no compiler."""
+    return torch.compile(flex_attention) if compiled else flex_attention  # type: ignore[return-value]
+
+
+def block_diffusion_mask(length: int, groups: int, attend: Tensor | None, kernel: str, device: torch.device) -> Mask:
     """Who sees whom in one forward over [noisy ; clean] (BD3-LM, arXiv 2503.09573).
 
     A noisy block sees itself and the clean blocks before it; a clean block sees itself and the clean blocks before it.
 
+    Args:
+        attend: bool [B, L], false at padding; None where there is none.
+
     Returns:
-        bool [1, 1, 2L, 2L].
+        bool [1 or B, 1, 2L, 2L]; with kernel flex the same as a `BlockMask`, which skips what nobody sees.
     """
-    block = torch.arange(length, device=device) // (length // groups)
-    query, key = block[:, None], block[None, :]
-    noisy = torch.cat((query == key, key < query), dim=1)
-    clean = torch.cat((torch.zeros_like(query == key), key <= query), dim=1)
-    return torch.cat((noisy, clean))[None, None]
+    if kernel != "flex":
+        at = torch.arange(2 * length, device=device)
+        mask = _sees(at[:, None], at[None, :], length, groups)[None, None]
+        return mask if attend is None else mask & torch.cat((attend, attend), dim=-1)[:, None, None, :]
+    if attend is None:
+        return _flex_mask(length, groups, device)
+    seen = torch.cat((attend, attend), dim=-1)
+
+    def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(query, key, length, groups) & seen[b, key]
+
+    return create_block_mask(allowed, len(attend), None, 2 * length, 2 * length, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _flex_mask(length: int, groups: int, device: torch.device) -> BlockMask:
+    def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _sees(query, key, length, groups)
+
+    return create_block_mask(allowed, None, None, 2 * length, 2 * length, device)
+
+
+def _sees(query: Tensor, key: Tensor, length: int, groups: int) -> Tensor:
+    """Whether a position of [noisy ; clean] attends to another one."""
+    size = length // groups
+    query_clean, key_clean = query >= length, key >= length
+    query_block, key_block = query % length // size, key % length // size
+    inside = (query_clean == key_clean) & (query_block == key_block)
+    return inside | (key_clean & (key_block < query_block))

@@ -1,27 +1,29 @@
 """The denoiser p(x0 | xt, z): a bidirectional transformer. Its head never predicts the mask symbol (SUBS)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
-from vmd_scale.model.attention import block_diffusion_mask, choose_kernel, rotary_table
-from vmd_scale.model.layers import Block, Norm, Stack, initialize
+from vmd_scale.model.attention import Mask, block_diffusion_mask, choose_kernel, rotary_table
+from vmd_scale.model.layers import Block, KeyValues, Norm, Stack, initialize
 
 
 class Denoiser(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.architecture = a
-        kernel = choose_kernel(a.attention)
+        self.kernel = choose_kernel(a.attention, blocks=a.groups > 1)
         condition = a.condition_width if a.has_condition else 0
         self.embedding = nn.Embedding(a.vocab_size + 1, a.width)
         # Rotary attention sees differences of positions only: where everything is masked, all positions would look
         # alike, and z could not say which token belongs where.
         self.position = nn.Embedding(a.row_length, a.width)
         self.blocks = Stack(
-            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, kernel, condition) for _ in range(a.layers)
+            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, self.kernel, condition)
+            for _ in range(a.layers)
         )
         self.norm = Norm(a.width, a.norm)
         self.head = None if a.tie_embeddings else nn.Linear(a.width, a.vocab_size, bias=False)
@@ -71,19 +73,56 @@ class Denoiser(nn.Module):
             assert z is not None
             added = self.latent_to_embedding(z.to(x.dtype))
             x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
-        mask = None if attend is None else attend[:, None, None, :]
+        mask: Mask = None if attend is None else attend[:, None, None, :]
         condition = self._condition(x, z, mask_ratio)
         if a.groups > 1:
             assert clean is not None
             x = torch.cat((x, self.embedding(clean) + self.position(positions)), dim=1)
             positions = torch.cat((positions, positions))
-            blockwise = block_diffusion_mask(length, a.groups, noisy.device)
-            mask = blockwise if mask is None else blockwise & torch.cat((mask, mask), dim=-1)
+            on_cpu = not noisy.is_cuda and torch.is_grad_enabled()  # where FlexAttention has no backward
+            kernel = "sdpa" if self.kernel == "flex" and on_cpu else self.kernel
+            mask = block_diffusion_mask(length, a.groups, attend, kernel, noisy.device)
             if condition is not None:  # the clean half is conditioned on no z
                 condition = torch.cat((condition, torch.zeros_like(condition)), dim=1)
         rotary = rotary_table(positions, a.head_width)
         x = self.blocks(x, rotary, mask, condition)
         return self.norm(x[:, :length])
+
+    def forward_block(
+        self,
+        tokens: Tensor,
+        group: int,
+        past: Sequence[KeyValues],
+        z: Tensor | None,
+        attend: Tensor | None = None,
+        mask_ratio: Tensor | None = None,
+        clean: bool = False,
+    ) -> Tensor:
+        """Hidden states of one block alone, the clean blocks before it being remembered: what `forward` gives for it.
+
+        Args:
+            tokens: int64 [B, L / G], the block numbered `group`.
+            past: one for each layer. With `clean`, the block is complete: it is remembered, and hears no z.
+            z: [B, 1, d_z], that of this block; mask_ratio: [B, 1]; attend: bool [B, L].
+
+        Returns:
+            [B, L / G, D].
+        """
+        end = (group + 1) * tokens.shape[1]
+        positions = torch.arange(end - tokens.shape[1], end, device=tokens.device)
+        x = self.embedding(tokens) + self.position(positions)
+        a = self.architecture
+        if clean:
+            condition = x.new_zeros(len(x), 1, a.condition_width) if a.has_condition else None
+        else:
+            condition = self._condition(x, z, mask_ratio)
+            if self.latent_to_embedding is not None:
+                assert z is not None
+                x = x + self.latent_to_embedding(z.to(x.dtype))
+        for layer in past:
+            layer.growing = clean
+        mask = None if attend is None else attend[:, None, None, :end]
+        return self.norm(self.blocks(x, rotary_table(positions, a.head_width), mask, condition, past))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., V]."""

@@ -1,4 +1,8 @@
-"""The amortized encoder q(z | x0, m): one diagonal Gaussian per latent group."""
+"""The amortized encoder q(z | x0, m), one diagonal Gaussian per latent group; and the prior it is measured against.
+
+The same network serves as a conditional prior p(z | visible tokens): it then reads the mask symbol where the encoder
+reads the clean token.
+"""
 
 from typing import NamedTuple
 
@@ -12,36 +16,73 @@ from vmd_scale.model.layers import Block, Norm, Stack, initialize
 LOG_STD_RANGE = (-8.0, 4.0)  # keeps exp() finite when a run is started with a large learning rate
 
 
-class Posterior(NamedTuple):
-    """Diagonal Gaussians, one a latent group. Both fields are fp32 [B, G, d_z]."""
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians, one a latent group. Both fields are fp32 [B, G, d_z].
+
+    z and its noise are [B, G, d_z], or [B, K, G, d_z] for K draws of each.
+    """
 
     mean: Tensor
     log_std: Tensor
 
     def sample(self, epsilon: Tensor) -> Tensor:
-        """Reparameterised draw from standard normal noise of the same shape."""
-        return self.mean + self.log_std.exp() * epsilon
+        """Reparameterised draw from standard normal noise."""
+        mean, log_std = self._beside(epsilon)
+        return mean + log_std.exp() * epsilon
+
+    def standardised(self, z: Tensor) -> Tensor:
+        mean, log_std = self._beside(z)
+        return (z - mean) * (-log_std).exp()
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """Of each group in nats, less the constant of the normalisation: [B, G] or [B, K, G]."""
+        _, log_std = self._beside(z)
+        return -(0.5 * self.standardised(z).square() + log_std).sum(-1)
+
+    def _beside(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if z.dim() == self.mean.dim():
+            return self.mean, self.log_std
+        return self.mean.unsqueeze(1), self.log_std.unsqueeze(1)
+
+
+class Posterior(NamedTuple):
+    """q, fp32 [B, G, d_z], and the prior p it is measured against; None is N(0, I)."""
+
+    mean: Tensor
+    log_std: Tensor
+    prior: Gaussian | None = None
+
+    def sample(self, epsilon: Tensor) -> Tensor:
+        """Reparameterised draw from standard normal noise, [B, G, d_z] or K of them [B, K, G, d_z]."""
+        return Gaussian(self.mean, self.log_std).sample(epsilon)
+
+    def kl_per_unit(self) -> Tensor:
+        """KL(q || p) of each latent unit in nats, [B, G, d_z]."""
+        mean, log_std = self.mean, self.log_std
+        if self.prior is not None:  # measured in units of the prior's own deviation
+            mean, log_std = self.prior.standardised(mean), log_std - self.prior.log_std
+        return 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, I)) of each group in nats, [B, G]."""
-        per_unit = 0.5 * (self.mean.square() + (2 * self.log_std).exp() - 1) - self.log_std
-        return per_unit.sum(-1)
+        """KL(q || p) of each group in nats, [B, G]."""
+        return self.kl_per_unit().sum(-1)
 
     def log_ratio_to_prior(self, z: Tensor) -> Tensor:
-        """log p(z) - log q(z) of each group in nats, [B, G]."""
-        standardised = (z - self.mean) * (-self.log_std).exp()
-        return (0.5 * (standardised.square() - z.square()) + self.log_std).sum(-1)
+        """log p(z) - log q(z) of each group in nats, [B, G] or [B, K, G]."""
+        prior = -0.5 * z.square().sum(-1) if self.prior is None else self.prior.log_density(z)
+        return prior - Gaussian(self.mean, self.log_std).log_density(z)
 
 
 class Encoder(nn.Module):
     """Reads the clean tokens and the mask pattern, pools over each group's masked positions."""
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, symbols: int) -> None:
+        """`symbols`: V for the encoder, V + 1 for a prior, which may see the mask symbol."""
         super().__init__()
         self.groups, self.head_width = a.groups, a.head_width
         width, heads = a.encoder_width, a.encoder_width // a.head_width
         kernel = choose_kernel(a.attention)
-        self.embedding = nn.Embedding(a.vocab_size, width)
+        self.embedding = nn.Embedding(symbols, width)
         self.pattern = nn.Embedding(2, width)
         self.position = nn.Embedding(a.row_length, width)
         self.blocks = Stack(
@@ -53,20 +94,20 @@ class Encoder(nn.Module):
         initialize(self, a.encoder_layers)
         nn.init.normal_(self.out.weight, std=0.02)  # q starts near the prior, the KL near zero
 
-    def forward(self, clean: Tensor, masked: Tensor, attend: Tensor | None) -> Posterior:
-        """q(z | x0, m). A group without a masked position gets some posterior, which nothing may use.
+    def forward(self, tokens: Tensor, masked: Tensor, attend: Tensor | None) -> Gaussian:
+        """q(z | x0, m). A group without a masked position gets some Gaussian, which nothing may use.
 
         Args:
-            clean: int64 [B, L].
+            tokens: int64 [B, L]: x0, for a prior xt.
             masked: bool [B, L], the pattern m; all maskable positions for q(z | x0).
             attend: bool [B, L], false at padding; None where there is none.
         """
-        positions = torch.arange(clean.shape[1], device=clean.device)
-        h = self.embedding(clean) + self.pattern(masked.long()) + self.position(positions)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        h = self.embedding(tokens) + self.pattern(masked.long()) + self.position(positions)
         rotary = rotary_table(positions, self.head_width)
         mask = None if attend is None else attend[:, None, None, :]
         h = self.norm(self.blocks(h, rotary, mask)).float().unflatten(1, (self.groups, -1))
         pooled_over = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)
         pooled = (h * pooled_over).sum(2) / pooled_over.sum(2).clamp(min=1)
         mean, log_std = self.out(pooled.to(self.out.weight.dtype)).float().chunk(2, dim=-1)
-        return Posterior(mean, log_std.clamp(*LOG_STD_RANGE))
+        return Gaussian(mean, log_std.clamp(*LOG_STD_RANGE))

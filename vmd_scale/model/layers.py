@@ -1,13 +1,15 @@
 """Transformer blocks, with optional modulation (adaLN) by a condition that is shared within a latent group."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vmd_scale.model.attention import apply_rotary, attention
+from vmd_scale.model.attention import Mask, apply_rotary, attention
 
 
 class Norm(nn.Module):
@@ -44,6 +46,28 @@ class MLP(nn.Module):
         return self.down(F.gelu(h, approximate="tanh"))
 
 
+@dataclass
+class KeyValues:
+    """What one layer remembers of the blocks before: keys and values [B, S, heads, head width]."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    growing: bool = False  # whether what passes is remembered
+
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k is not None and self.v is not None:
+            k, v = torch.cat((self.k, k), dim=1), torch.cat((self.v, v), dim=1)
+        if self.growing:
+            self.k, self.v = k, v
+        return k, v
+
+    def rows(self, index: Tensor) -> "KeyValues":
+        """The same of some rows only."""
+        if self.k is None or self.v is None:
+            return self
+        return KeyValues(self.k[index], self.v[index])
+
+
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, kernel: str) -> None:
         super().__init__()
@@ -51,10 +75,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: KeyValues | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        mixed = attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v, mask, self.kernel)
-        return self.out(mixed.flatten(2))
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        if past is not None:
+            k, v = past.join(k, v)
+        return self.out(attention(q, k, v, mask, self.kernel).flatten(2))
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -77,15 +103,20 @@ class Block(nn.Module):
         self.modulation = nn.Linear(condition, 6 * width) if condition else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        condition: Tensor | None = None,
+        past: KeyValues | None = None,
     ) -> Tensor:
         """x: [B, L, D]; condition: [B, G, C] or None."""
         if self.modulation is None:
-            x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask))
+            x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask, past))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
         assert condition is not None
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
-        h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary, mask)
+        h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary, mask, past)
         x = x + modulate(self.dropout(h), None, gate_a)
         h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
         return x + modulate(self.dropout(h), None, gate_m)
@@ -97,13 +128,18 @@ class Stack(nn.ModuleList):
     recompute = False
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        condition: Tensor | None = None,
+        past: Sequence[KeyValues | None] | None = None,
     ) -> Tensor:
-        for block in self:
+        for block, remembered in zip(self, past or [None] * len(self), strict=True):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, condition, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, condition)
+                x = block(x, rotary, mask, condition, remembered)
         return x
 
 

@@ -4,18 +4,22 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.denoiser import Denoiser
-from vmd_scale.model.encoder import Encoder, Posterior
+from vmd_scale.model.encoder import Encoder, Gaussian, Posterior
 from vmd_scale.model.head import masked_nll
 
 
 class VMD(nn.Module):
-    """p(x0 | xt, z) and q(z | x0, m) of arXiv 2510.23606."""
+    """p(x0 | xt, z) and q(z | x0, m) of arXiv 2510.23606; p(z) is N(0, I), or a network that reads what is visible."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        if architecture.prior == "conditional" and architecture.groups > 1:
+            raise ValueError("a conditional prior would see the blocks that come after: it needs groups = 1")
         self.architecture = architecture
         self.denoiser = Denoiser(architecture)
-        self.encoder = Encoder(architecture) if architecture.latent_width else None
+        self.encoder = Encoder(architecture, architecture.vocab_size) if architecture.latent_width else None
+        conditional = architecture.latent_width > 0 and architecture.prior == "conditional"
+        self.prior_network = Encoder(architecture, architecture.vocab_size + 1) if conditional else None
 
     def forward(
         self,
@@ -26,6 +30,7 @@ class VMD(nn.Module):
         epsilon: Tensor | None = None,
         attend: Tensor | None = None,
         mask_ratio: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> tuple[Tensor, Posterior | None]:
         """Encode, draw z, denoise, score: everything one training step needs, in one call.
 
@@ -35,22 +40,37 @@ class VMD(nn.Module):
             encoder_mask: bool [B, L], the pattern m that the encoder sees.
             epsilon: fp32 [B, G, d_z], standard normal noise.
             attend: bool [B, L] or None; mask_ratio: [B, G] or None.
+            owner: int64 [S], for several states of a row and K latents of each: then `noisy` and `mask_ratio` are of S
+                states, each of the row `owner`; `epsilon` is [B, K, G, d_z], and `index` numbers positions of [S K, L].
 
         Returns:
-            -log p(x0 | xt, z) at masked positions, zero elsewhere, fp32 [B, L]; and q, None without a latent.
+            -log p(x0 | xt, z) at masked positions, zero elsewhere, fp32 [B, L] or [S K, L]; and q, None without a
+            latent.
         """
         if self.encoder is None:
             return self.token_nll(clean, noisy, index, None, attend, mask_ratio), None
         assert encoder_mask is not None
         assert epsilon is not None
-        posterior = self.encoder(clean, encoder_mask, attend)
+        posterior = self.encode(clean, encoder_mask, attend)
         z = posterior.sample(epsilon)
+        if owner is not None:
+            latents = epsilon.shape[1]
+            z, owner = z[owner].flatten(0, 1), owner.repeat_interleave(latents)
+            clean, attend = clean[owner], None if attend is None else attend[owner]
+            noisy = noisy.repeat_interleave(latents, 0)
+            mask_ratio = None if mask_ratio is None else mask_ratio.repeat_interleave(latents, 0)
         return self.token_nll(clean, noisy, index, z, attend, mask_ratio), posterior
 
     def encode(self, clean: Tensor, encoder_mask: Tensor, attend: Tensor | None = None) -> Posterior:
-        """q(z | x0, m)."""
+        """q(z | x0, m), beside the prior of the same latent."""
         assert self.encoder is not None
-        return self.encoder(clean, encoder_mask, attend)
+        q = self.encoder(clean, encoder_mask, attend)
+        noisy = clean.masked_fill(encoder_mask, self.architecture.mask_id)
+        return Posterior(q.mean, q.log_std, self.prior(noisy, encoder_mask, attend))
+
+    def prior(self, noisy: Tensor, masked: Tensor, attend: Tensor | None = None) -> Gaussian | None:
+        """p(z | visible tokens): int64 [B, L] with mask_id where masked, bool [B, L]. None stands for N(0, I)."""
+        return None if self.prior_network is None else self.prior_network(noisy, masked, attend)
 
     def token_nll(
         self,

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import write_atomically
 from vmd_scale.report.run import LATENT_NAMES, Run, column, newest, unit_of
@@ -54,7 +55,7 @@ def plot_bound_against_steps(
     """
     if not any(runs.values()):
         raise UserError(f"{output}: no evaluation results to draw")
-    write_atomically(output, _draw(lambda figure: _bound_panel(figure.subplots(), runs, unit, unigram_bits)))
+    write_atomically(output, draw_png(lambda figure: _bound_panel(figure.subplots(), runs, unit, unigram_bits)))
     return output
 
 
@@ -65,7 +66,7 @@ class Picture:
     png: bytes
 
 
-def _draw(draw: Callable[[Figure], object], height: float = HEIGHT) -> bytes:
+def draw_png(draw: Callable[[Figure], object], height: float = HEIGHT) -> bytes:
     """A PNG of what `draw` puts on an empty figure."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -84,10 +85,10 @@ def figures_of(run: Run) -> dict[str, Picture]:
         caption = f"Bits per {unit} against the number of sampling steps T; bars are standard errors."
         if config.diffusion.block_size:
             caption += f" T counts the steps of each block of {config.diffusion.block_size} tokens."
-        png = _draw(lambda f: _bound_panel(f.subplots(), {"": bounds}, unit, run.facts.unigram_bits_per_token))
+        png = draw_png(lambda f: _bound_panel(f.subplots(), {"": bounds}, unit, run.facts.unigram_bits_per_token))
         pictures["bound_against_steps"] = Picture("Bound against sampling steps", caption, png)
     if run.validation:
-        png = _draw(lambda f: _validation_panel(f.subplots(), run.validation, unit))
+        png = draw_png(lambda f: _validation_panel(f.subplots(), run.validation, unit))
         caption = "Bounds on validation rows, computed during training."
         pictures["validation"] = Picture("Validation bound during training", caption, png)
     if not records:
@@ -100,19 +101,25 @@ def figures_of(run: Run) -> dict[str, Picture]:
         caption += "step. It is a noisy average, not a number to quote."
     curves = {"loss": "loss", "reconstruction": "reconstruction"}
     pictures["loss"] = Picture(
-        "Loss", caption, _draw(lambda f: _panel(f.subplots(), records, curves, "nats per token"))
+        "Loss", caption, draw_png(lambda f: _panel(f.subplots(), records, curves, "nats per token"))
     )
     if config.latent.width:
         caption = "The KL as the objective counts it, before its weight (dashed, right axis)."
-        pictures["kl"] = Picture("KL of the latent", caption, _draw(lambda f: _kl_panel(f.subplots(), records)))
+        pictures["kl"] = Picture("KL of the latent", caption, draw_png(lambda f: _kl_panel(f.subplots(), records)))
+    if run.latent:
+        caption = "KL(q || prior) of a latent group at several mask ratios on validation rows, and the active units: "
+        caption += "those whose posterior mean varies from row to row. Both near zero: the latent has collapsed."
+        pictures["latent_usage"] = Picture(
+            "Use of the latent", caption, draw_png(lambda f: _latent_panels(f, run.latent), 4.2)
+        )
     caption = "Learning rate, and the global gradient norm before clipping"
     caption += f" at {config.training.gradient_clip:g}." if config.training.gradient_clip else " (clipping is off)."
-    png = _draw(lambda f: _stacked(f, records, OPTIMIZER_PANELS), height=4.2)
+    png = draw_png(lambda f: _stacked(f, records, OPTIMIZER_PANELS), height=4.2)
     pictures["optimizer"] = Picture("Learning rate and gradient norm", caption, png)
     caption = (
         "Tokens a second over all ranks; share of the peak FLOP/s (MFU); share of the time spent waiting for data."
     )
-    png = _draw(lambda f: _stacked(f, records, SPEED_PANELS), height=4.2)
+    png = draw_png(lambda f: _stacked(f, records, SPEED_PANELS), height=4.2)
     pictures["throughput"] = Picture("Throughput", caption, png)
     return pictures
 
@@ -187,6 +194,22 @@ def _kl_panel(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     right.set_ylim(0, 1.05 * max(1.0, float(np.nanmax(weights, initial=0.0))))
     handles, _ = axes.get_legend_handles_labels()
     _legend(axes, [*handles, line])
+
+
+def _latent_panels(figure: Figure, records: Sequence[LatentUsage]) -> None:
+    above, below = figure.subplots(2, sharex=True)
+    steps = [r.step for r in records]
+    for n, ratio in enumerate(records[-1].kl_by_mask_ratio):
+        values = [r.kl_by_mask_ratio.get(ratio, math.nan) for r in records]
+        above.plot(steps, values, color=COLORS[n], marker=MARKERS[n], markersize=3, label=f"mask ratio {ratio}")
+    above.set(ylabel="KL, nats")
+    above.set_ylim(bottom=0)
+    _legend(above)
+    below.plot(steps, [r.active_units for r in records], color=COLORS[0], marker="o", markersize=3)
+    below.set(xlabel="step", ylabel=f"active units of {records[-1].latent_width}", ylim=(0, None))
+    below.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    _step_axis(below)
+    figure.align_ylabels([above, below])
 
 
 def _bound_panel(

@@ -127,8 +127,9 @@ def _settings(run: Run) -> str:
         kl = f"{weight.start:g} to {weight.end:g} over {weight.warmup_steps:,} steps; {diffusion.free_bits:g} nats free"
     else:
         z, kl = "none: a plain masked diffusion model (MDM)", "no latent"
-    if diffusion.objective == "nelbo":
-        objective = f"nelbo (valid bound), T from {', '.join(map(str, diffusion.steps))}"
+    if diffusion.objective != "vmd":
+        samples = f", K = {diffusion.importance_samples}" if diffusion.objective == "iw" else ""
+        objective = f"{diffusion.objective} (valid bound), T from {', '.join(map(str, diffusion.steps))}{samples}"
     else:
         objective = "vmd (the papers' surrogate, not a bound)"
     rows = {

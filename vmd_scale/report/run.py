@@ -11,9 +11,10 @@ import numpy as np
 
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import checked, read_json
-from vmd_scale.training.telemetry import EVALUATIONS, LOG, METRICS
+from vmd_scale.training.telemetry import EVALUATIONS, LATENT, LOG, METRICS
 
 CONFIG, FINAL, SAMPLES, FACTS = "config.json", "evaluation.json", "samples.json", "facts.json"
 LOG_LINES = 40
@@ -30,6 +31,11 @@ class SampleSet:
     latent: str
     seed: int
     texts: list[str]
+    law: str = ""
+    temperature: float = 1.0
+    nucleus: float = 1.0
+    order_noise: float = 0.0
+    remask: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Run:
     config: Config
     metrics: list[dict[str, Any]]
     validation: list[Result]  # during training
+    latent: list[LatentUsage]  # during training
     final: list[Result]
     samples: list[SampleSet]
     facts: Facts = field(default_factory=Facts)
@@ -73,6 +80,7 @@ def read_run(folder: Path) -> Run:
         config=load_config(folder / CONFIG),
         metrics=_read_lines(folder / METRICS),
         validation=validation,
+        latent=[checked(LatentUsage, r, str(folder / LATENT)) for r in _read_lines(folder / LATENT)],
         final=final,
         samples=_optional(folder / SAMPLES, list[SampleSet], []),
         facts=_optional(folder / FACTS, Facts, Facts()),

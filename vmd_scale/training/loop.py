@@ -14,8 +14,9 @@ from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.objective import TrainingInputs
+from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
-from vmd_scale.planning import masked_share, peak_flops, training_flops_per_token
+from vmd_scale.planning import denoiser_passes, masked_share, peak_flops, training_flops_per_token
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
@@ -59,7 +60,7 @@ class Trainer:
         self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
         self.skipped_steps = 0
         a = build_architecture(config, tokenizer.vocab_size)
-        self.flops_per_token = training_flops_per_token(a, masked_share(config))
+        self.flops_per_token = training_flops_per_token(a, masked_share(config), denoiser_passes(config))
         self.peak_flops = peak_flops(world.device)
 
     def resume(self) -> int:
@@ -189,6 +190,8 @@ class Trainer:
                 )
                 ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
                 results += evaluate(self.engine.module, reader, request, weights, done, ranks)
+            if self.config.latent.width:
+                telemetry.latent(latent_usage(self.engine.module, reader, done).to_dict())
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)

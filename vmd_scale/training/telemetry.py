@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vmd_scale.config import Config
 from vmd_scale.files import write_atomically
 
-METRICS, EVALUATIONS, LOG = "metrics.jsonl", "evaluations.jsonl", "log.txt"
+METRICS, EVALUATIONS, LATENT, LOG = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "log.txt"
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ class Telemetry:
         self._wandb: Any = None
         if not is_main:
             return
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, LATENT):
             drop_records_after(run_folder / name, first_step)
         self._bar = tqdm(
             total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1.0
@@ -76,6 +76,14 @@ class Telemetry:
             if self._wandb is not None:
                 name = f"{record['protocol']}/bits_per_token, T = {record['steps']}"
                 self._wandb.log({name: record["bits_per_token"]}, step=record["step"])
+
+    def latent(self, record: Mapping[str, Any]) -> None:
+        """How much the latent is used, in ``latent.jsonl``: one object an evaluation."""
+        if self._is_main:
+            self._append(LATENT, record)
+            if self._wandb is not None:
+                by_ratio = {f"latent/kl, mask ratio {r}": kl for r, kl in record["kl_by_mask_ratio"].items()}
+                self._wandb.log(by_ratio | {"latent/active_units": record["active_units"]}, step=record["step"])
 
     def close(self) -> None:
         if self._bar is not None:

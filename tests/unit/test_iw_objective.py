@@ -1,0 +1,142 @@
+"""Objective iw: the importance-weighted bound as a training loss, against enumeration."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_models import Enumeration, sequences, tiny_model
+
+from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.objective import Objective
+
+INF = math.inf
+
+
+def objective_of(model, steps, samples, law="balanced", seed=0):
+    a = model.architecture
+    noise = Noise(seed)
+    return Objective("iw", steps, law, a.groups, a.latent_width, a.mask_id, noise, importance_samples=samples)
+
+
+def prepared(objective, clean, maskable=None, step=0, positions=None, total=None):
+    maskable = torch.ones_like(clean, dtype=torch.bool) if maskable is None else maskable
+    positions = torch.arange(len(clean)) if positions is None else positions
+    return objective.prepare(clean, maskable, None, step, positions, total or len(clean))
+
+
+@torch.no_grad()
+def losses(model, clean, steps, samples, copies, law="balanced"):
+    """Mean loss of each row over many draws, and its standard error."""
+    objective, batches = objective_of(model, steps, samples, law), 10
+    values = torch.zeros(batches, len(clean), dtype=torch.float64)
+    for step in range(batches):
+        for n, row in enumerate(clean):
+            x = prepared(objective, row.expand(copies // batches, -1), step=step)
+            values[step, n] = objective(model, x, 1.0).total / (copies // batches)
+    return values.mean(0), values.std(0) / math.sqrt(batches)
+
+
+@pytest.mark.parametrize(("steps", "law"), [(1, "balanced"), (2, "balanced"), (2, "bernoulli"), (INF, "balanced")])
+def test_one_sample_is_the_elbo(steps, law):
+    model = tiny_model(14)
+    exact = Enumeration(model)
+    some = [0, 5, 13, 22]
+    mean, error = losses(model, exact.rows[some], (steps,), 1, 1000, law)
+    assert ((mean - exact.negative_elbo(steps, "fixed", law)[some]).abs() < 5 * error).all()
+    assert error.max() < 0.2
+
+
+@pytest.mark.parametrize("changes", [{}, {"vocab_size": 2, "row_length": 4, "groups": 2}], ids=["row", "blocks"])
+def test_more_samples_are_a_tighter_bound(changes):
+    model = tiny_model(14, **changes)
+    exact = Enumeration(model)
+    truth = -exact.likelihood(1, "fixed", "balanced").log()
+    gaps = []
+    for samples in (1, 4, 32):
+        mean, error = losses(model, exact.rows, (1,), samples, 100)
+        assert (mean > truth - 5 * error).all()
+        gaps.append((mean - truth).mean().item())
+    assert gaps[0] > 1.5 * gaps[1] > 0
+    assert gaps[2] < 0.2 * gaps[0]
+
+
+def test_the_loss_is_the_log_of_a_mean_over_latents_that_share_a_path():
+    """By hand: for one row, T = 2, from the model's own densities."""
+    model = tiny_model(3)
+    objective = objective_of(model, (2,), 3)
+    clean = torch.tensor([[2, 0, 1]])
+    x = prepared(objective, clean)
+    assert x.noisy.shape == (2, 3)
+    before, after = (noisy == 3 for noisy in x.noisy)
+    assert bool(before.all())
+    assert 0 < after.sum() < 3
+    with torch.no_grad():
+        q = model.encode(clean, torch.ones_like(clean, dtype=torch.bool))
+        weights = []
+        for epsilon in x.epsilon[0]:
+            z = q.mean + q.log_std.exp() * epsilon
+            normal = torch.distributions.Normal(q.mean, q.log_std.exp())
+            log_weight = (torch.distributions.Normal(0.0, 1.0).log_prob(z) - normal.log_prob(z)).sum()
+            for noisy, revealed in ((x.noisy[0], before & ~after), (x.noisy[1], after)):
+                log_p = model.logits(noisy[None], z).log_softmax(-1)[0].gather(-1, clean[0][:, None]).squeeze(-1)
+                log_weight = log_weight + log_p[revealed].sum()
+            weights.append(log_weight)
+        expected = -torch.stack(weights).exp().mean().log()
+        assert torch.allclose(objective(model, x, 1.0).total, expected, atol=1e-5)
+        unpaid = objective(model, x, 0.0).total
+    assert not torch.allclose(unpaid, expected, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_loss():
+    """Along a random direction in the weights, against a central difference in float64."""
+    model = tiny_model(5).double()
+    objective = objective_of(model, (1, 2), 4)
+    x = prepared(objective, sequences(3, 3)[:12])
+    x = dataclasses.replace(x, epsilon=x.epsilon.double())
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+    def moved(size):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(size * d)
+        return objective(model, x, 0.7).total
+
+    objective(model, x, 0.7).total.backward()
+    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item()
+    ahead, behind = moved(1e-4).item(), moved(-2e-4).item()
+    assert slope == pytest.approx((ahead - behind) / 2e-4, rel=1e-3)
+    assert all(p.grad.abs().sum() > 0 for name, p in model.encoder.named_parameters() if "pattern" not in name)
+
+
+def test_the_inputs_do_not_depend_on_the_micro_batch():
+    model = tiny_model(6, row_length=4)
+    clean = torch.arange(32).view(8, 4) % 3
+    maskable = torch.ones_like(clean, dtype=torch.bool)
+    maskable[2] = False
+    maskable[5, 1:3] = False
+    objective = objective_of(model, (1, 2, 4), 2)
+    with torch.no_grad():
+        whole = objective(model, prepared(objective, clean, maskable, 7), 1.0)
+        parts = [
+            objective(model, prepared(objective, clean[part], maskable[part], 7, part, 8), 1.0)
+            for part in torch.arange(8).split(3)
+        ]
+    assert torch.allclose(whole.total, sum(part.total for part in parts), atol=1e-4)
+    assert int(whole.tokens) == int(maskable.sum()) == sum(int(part.tokens) for part in parts)
+
+
+def test_given_tokens_are_never_masked_and_every_other_is_revealed_once():
+    model = tiny_model(6, row_length=6, groups=2)
+    clean = torch.arange(48).view(8, 6) % 3
+    maskable = torch.rand(8, 6, generator=torch.Generator().manual_seed(1)) < 0.7
+    for law in ("balanced", "bernoulli"):
+        x = prepared(objective_of(model, (1, 2, 3), 2, law), clean, maskable)
+        assert not bool(((x.noisy == 3) & ~maskable[x.owner]).any())
+        times = torch.zeros(8, 2, 6)
+        states = x.index[x.index < len(x.owner) * 2 * 6]
+        state, position = states // 6, states % 6
+        times.index_put_((x.owner[state // 2], state % 2, position), torch.ones(len(states)), accumulate=True)
+        assert torch.equal(times, maskable[:, None].expand(8, 2, 6).float())

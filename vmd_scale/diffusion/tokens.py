@@ -1,0 +1,50 @@
+"""Drawing tokens from logits, and how sure a prediction is; everything in float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vmd_scale.diffusion.paths import confidence
+from vmd_scale.model.head import CHUNK_ELEMENTS
+
+
+def draw_categorical(logits: Tensor, u: Tensor) -> Tensor:
+    """Inverse-CDF draw (precision below float64 cuts off the tails and flatters samples).
+
+    Args:
+        logits: [..., V]; u: uniform in (0, 1), float64 [...].
+
+    Returns:
+        int64 [...].
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    threshold = u.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def draw_tokens(logits: Tensor, u: Tensor, temperature: float, nucleus: float) -> tuple[Tensor, Tensor]:
+    """Tokens, int64 [N], and how probable the model held them, float64 [N].
+
+    Args:
+        logits: [N, V]; u: uniform in (0, 1), float64 [N].
+        temperature: divides the logits; 0 takes the most probable token.
+        nucleus: only the most probable tokens that together hold this probability (arXiv 1904.09751).
+    """
+    logits = logits.double()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        cooled = logits / temperature
+        if nucleus < 1:
+            p, order = cooled.softmax(-1).sort(dim=-1, descending=True, stable=True)
+            outside = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= nucleus)
+            cooled = cooled.masked_fill(outside, -torch.inf)
+        tokens = draw_categorical(cooled, u)
+    return tokens, logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def confidence_of(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, law: str) -> Tensor:
+    """How sure the predictions at some positions are, float64 [N], from hidden states [N, D]; logits come in chunks."""
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    return torch.cat([confidence(head(part), law) for part in hidden.split(chunk)])

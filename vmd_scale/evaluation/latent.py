@@ -1,0 +1,67 @@
+"""Is the latent used, or has it collapsed to its prior? KL at several mask ratios, and active units."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmd_scale.build import masks_of
+from vmd_scale.data.loader import evaluation_batches
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.diffusion.noise import Noise, Stream
+from vmd_scale.diffusion.paths import random_ranks
+from vmd_scale.evaluation.perplexity import chosen_rows
+from vmd_scale.model import VMD
+
+MASK_RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0)
+ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519, section 5.1
+
+
+@dataclass(frozen=True)
+class LatentUsage:
+    step: int
+    rows: int
+    kl_by_mask_ratio: dict[str, float]  # nats of a latent group, q(z | x0, m) against its prior
+    active_units: int  # whose posterior mean varies over the rows: Var(E_q[z]) > 0.01, in units of the prior
+    latent_width: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def latent_usage(
+    model: VMD, reader: ShardReader, step: int, rows: int = 256, micro_batch: int = 64, seed: int = 0
+) -> LatentUsage:
+    """Measure on a fixed random choice of rows. Under ZeRO-3 all ranks must call it: they compute the same.
+
+    Args:
+        model: with a latent, in evaluation mode.
+    """
+    a, device = model.architecture, next(model.parameters()).device
+    numbers = chosen_rows(reader.rows, rows)
+    kls: dict[float, list[Tensor]] = {ratio: [] for ratio in MASK_RATIOS}
+    means: list[Tensor] = []
+    for batch in evaluation_batches(reader, numbers, micro_batch):
+        maskable, attend = masks_of(batch, reader.manifest)
+        in_groups = maskable.view(len(maskable), a.groups, -1)
+        u = Noise(seed).uniform(Stream.PATH, 0, batch.positions, in_groups.shape[1:])
+        ranks, count = random_ranks(u, in_groups), in_groups.sum(-1, keepdim=True)
+        scored = in_groups.any(-1).to(device)
+        for ratio in MASK_RATIOS:
+            masked = in_groups & (ranks <= (ratio * count).ceil())
+            on_attend = None if attend is None else attend.to(device)
+            q = model.encode(batch.tokens.to(device), masked.view_as(maskable).to(device), on_attend)
+            kls[ratio].append(q.kl()[scored].cpu())
+            if ratio == 1.0:
+                mean = q.mean if q.prior is None else q.prior.standardised(q.mean)
+                means.append(mean[scored].cpu())
+    variance = torch.cat(means).var(0)
+    return LatentUsage(
+        step=step,
+        rows=len(numbers),
+        kl_by_mask_ratio={str(ratio): float(torch.cat(kl).double().mean()) for ratio, kl in kls.items()},
+        active_units=int((variance > ACTIVE_VARIANCE).sum()),
+        latent_width=a.latent_width,
+    )
