@@ -1,0 +1,48 @@
+"""Reproduce a reference task: train every method and seed, measure, and print the table beside the published figures.
+
+    python launchers/reproduce.py four_tokens_d1 --seeds 3
+    python launchers/reproduce.py sudoku --fast --json sudoku.json          scaled down to two CPU cores
+    python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
+
+Writes docs/results/TASK.md (and TASK.json, TASK.png). Models stay in runs/reproduce/TASK; called again, what is there
+is not trained again. Without a GPU, one model is trained on each CPU core at a time; with GPUs, `deepspeed` trains one
+after the other on all of them.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.reproduction.page import markdown_table, rows_of, write_page
+from vmd_scale.reproduction.runs import jobs_of, run_jobs
+from vmd_scale.reproduction.tasks import TASKS
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--fast", action="store_true", help="scaled down: smaller models, fewer steps and samples")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every model's config"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON; default: beside the page")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR", help="where the page goes")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where the models go")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: must be at least 1")
+
+    task = TASKS[args.task]
+    jobs = jobs_of(task.name, args.seeds, args.fast, args.set, args.runs)
+    rows = rows_of(task, jobs, run_jobs(jobs))
+    page = write_page(task, rows, shlex.join(["python", *sys.argv]), args.output, args.json)
+    print(markdown_table(rows))
+    print(f"\nwritten to {page}")
+
+
+if __name__ == "__main__":
+    main()
