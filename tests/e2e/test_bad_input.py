@@ -98,6 +98,18 @@ def pretrain(desk, *settings):
             "diffusion.objective 'vmd' needs a latent, but latent.width is 0",
         ),
         (
+            ["diffusion.objective=iw", "latent.width=0"],
+            "diffusion.objective 'iw' needs a latent, but latent.width is 0",
+        ),
+        (
+            ["diffusion.objective=iw", "diffusion.free_bits=1"],
+            "diffusion.free_bits (1.0) has no meaning with objective",
+        ),
+        (
+            ["latent.prior=conditional", "diffusion.block_size=8", "latent.scope=block"],
+            "latent.prior 'conditional' needs a latent of scope 'row': found latent.width 8, diffusion.block_size 8",
+        ),
+        (
             ["diffusion.block_size=5", "latent.scope=block"],
             "diffusion.block_size (5) must divide data.row_length (32)",
         ),

@@ -13,6 +13,12 @@ from vmd_scale.checkpoints import load_trained
 KINDS = {
     "vmd": [],
     "mdm": ["latent.width=0"],
+    "iw": [
+        "latent.prior=conditional",
+        "diffusion.objective=iw",
+        "diffusion.importance_samples=2",
+        "diffusion.steps=1,2",
+    ],
     "block": ["latent.scope=block", "latent.injection=add", "diffusion.block_size=8"],
 }
 

@@ -1,4 +1,4 @@
-"""The losses of two tiny runs are what they were: whatever changes them changed the mathematics, the data or the noise.
+"""The losses of some tiny runs are what they were: whatever changes them changed the mathematics, the data or the noise.
 
 They are reproduced bit for bit where torch and the CPU's instructions are those of golden/losses.json, else to 1e-4.
 After a change that was meant to change them:
@@ -53,6 +53,10 @@ RUNS = {
     "vmd": {
         "latent": {"width": 8, "encoder_layers": 1},
         "diffusion": {"objective": "vmd", "paths": "bernoulli", "kl_weight": {"start": 0.0, "warmup_steps": STEPS}},
+    },
+    "iw": {
+        "latent": {"width": 8, "encoder_layers": 1, "prior": "conditional"},
+        "diffusion": {"objective": "iw", "steps": [1, 2], "importance_samples": 2},
     },
     "mdm": {"latent": {"width": 0}, "diffusion": {"objective": "nelbo", "steps": ["inf"]}},
 }
