@@ -77,9 +77,10 @@ def main() -> None:
     print(f"{trained.checkpoint}, {trained.weights} weights, protocol {protocol.name}: {protocol.description}")
     print(table(results))
     if trained.config.latent.width:
-        used = latent_usage(trained.model, reader, trained.step, micro_batch=args.micro_batch)
+        objective = trained.config.diffusion.objective
+        used = latent_usage(trained.model, reader, trained.step, objective, micro_batch=args.micro_batch)
         by_ratio = ", ".join(f"{kl:.3f} at {ratio}" for ratio, kl in used.kl_by_mask_ratio.items())
-        print(f"latent: {used.active_units} of {used.latent_width} units active; KL in nats by mask ratio: {by_ratio}")
+        print(f"latent: {used.active_units} of {used.latent_width} units active; KL in nats, by mask ratio: {by_ratio}")
     if args.surrogate:
         print(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
     if args.json:

@@ -4,9 +4,9 @@
     python launchers/reproduce.py sudoku --fast --json sudoku.json          scaled down to two CPU cores
     python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
 
-Writes docs/results/TASK.md (and TASK.json, TASK.png). Models stay in runs/reproduce/TASK; called again, what is there
-is not trained again. Without a GPU, one model is trained on each CPU core at a time; with GPUs, `deepspeed` trains one
-after the other on all of them.
+Writes docs/results/TASK.md, TASK.json and TASK.png (TASK_fast.* with --fast). Models stay in runs/reproduce/TASK; called
+again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each on as
+many as its micro-batches divide into.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from vmd_scale.reproduction.page import markdown_table, rows_of, write_page
 from vmd_scale.reproduction.runs import jobs_of, run_jobs
 from vmd_scale.reproduction.tasks import TASKS
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
 
 @reports_user_errors
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every model's config"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON; default: beside the page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON there as well")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), metavar="DIR", help="where the page goes")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where the models go")
     args = parser.parse_args()
@@ -37,9 +39,10 @@ def main() -> None:
         raise UserError(f"--seeds {args.seeds}: must be at least 1")
 
     task = TASKS[args.task]
-    jobs = jobs_of(task.name, args.seeds, args.fast, args.set, args.runs)
+    jobs = jobs_of(task, args.seeds, args.fast, args.set, CONFIGS, args.runs)
     rows = rows_of(task, jobs, run_jobs(jobs))
-    page = write_page(task, rows, shlex.join(["python", *sys.argv]), args.output, args.json)
+    name, command = f"{task.name}_fast" if args.fast else task.name, shlex.join(["python", *sys.argv])
+    page = write_page(task, jobs, rows, command, args.output, name, args.json)
     print(markdown_table(rows))
     print(f"\nwritten to {page}")
 

@@ -202,10 +202,17 @@ class Config(Section):
                 f"diffusion.objective {diffusion.objective!r} needs a latent, but latent.width is 0; "
                 "the MDM baseline is latent.width=0 with diffusion.objective='nelbo' and diffusion.steps=['inf']"
             )
-        if diffusion.objective == "iw" and diffusion.free_bits:
-            raise ValueError(
-                f"diffusion.free_bits ({diffusion.free_bits}) has no meaning with objective 'iw'; set it to 0"
-            )
+        if diffusion.objective == "iw":
+            if diffusion.free_bits:
+                raise ValueError(
+                    f"diffusion.free_bits ({diffusion.free_bits}) has no meaning with diffusion.objective 'iw'; "
+                    "set it to 0"
+                )
+            if "inf" in diffusion.steps:
+                raise ValueError(
+                    "diffusion.steps holds 'inf', but diffusion.objective 'iw' runs importance_samples x T forwards a "
+                    "row; name small numbers of steps, such as [1, 2, 4]"
+                )
         block = diffusion.block_size
         if block is not None and self.data.row_length % block:
             raise ValueError(f"diffusion.block_size ({block}) must divide data.row_length ({self.data.row_length})")

@@ -1,4 +1,4 @@
-"""The losses of some tiny runs are what they were: whatever changes them changed the mathematics, the data or the noise.
+"""The losses of tiny runs are what they were: whatever changes them changed the mathematics, the data or the noise.
 
 They are reproduced bit for bit where torch and the CPU's instructions are those of golden/losses.json, else to 1e-4.
 After a change that was meant to change them:

@@ -88,27 +88,61 @@ def test_the_loss_is_the_log_of_a_mean_over_latents_that_share_a_path():
     assert not torch.allclose(unpaid, expected, atol=1e-3)
 
 
-def test_the_gradient_is_that_of_the_loss():
-    """Along a random direction in the weights, against a central difference in float64."""
-    model = tiny_model(5).double()
-    objective = objective_of(model, (1, 2), 4)
-    x = prepared(objective, sequences(3, 3)[:12])
-    x = dataclasses.replace(x, epsilon=x.epsilon.double())
-    parameters = list(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-
-    def moved(size):
+def slopes(model, objective, x, direction, annealing):
+    """Of the loss along a direction in the weights: by the gradient, and by a central difference."""
+    parameters, loss = [p for p, _ in direction], objective(model, x, annealing).total
+    gradients = torch.autograd.grad(loss, parameters)
+    slope = sum((g * d).sum() for g, (_, d) in zip(gradients, direction, strict=True)).item()
+    sides = []
+    for size in (1e-4, -2e-4):
         with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
+            for p, d in direction:
                 p.add_(size * d)
-        return objective(model, x, 0.7).total
+            sides.append(objective(model, x, annealing).total.item())
+    with torch.no_grad():
+        for p, d in direction:
+            p.add_(1e-4 * d)
+    return slope, (sides[0] - sides[1]) / 2e-4
 
-    objective(model, x, 0.7).total.backward()
-    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True)).item()
-    ahead, behind = moved(1e-4).item(), moved(-2e-4).item()
-    assert slope == pytest.approx((ahead - behind) / 2e-4, rel=1e-3)
-    assert all(p.grad.abs().sum() > 0 for name, p in model.encoder.named_parameters() if "pattern" not in name)
+
+def direction_in(*modules):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [p for module in modules for p in module.parameters()]
+    return [(p, torch.randn(p.shape, generator=generator, dtype=p.dtype)) for p in parameters]
+
+
+def in_double(x):
+    return dataclasses.replace(x, epsilon=x.epsilon.double())
+
+
+@pytest.mark.parametrize("prior", ["standard", "conditional"])
+def test_denoiser_and_prior_get_the_gradient_of_the_loss(prior):
+    model = tiny_model(5, prior=prior).double()
+    objective = objective_of(model, (1, 2), 4)
+    x = in_double(prepared(objective, sequences(3, 3)[:12]))
+    modules = [model.denoiser] if model.prior_network is None else [model.denoiser, model.prior_network]
+    slope, difference = slopes(model, objective, x, direction_in(*modules), 0.7)
+    assert slope == pytest.approx(difference, rel=1e-3)
+
+
+@pytest.mark.parametrize("annealing", [1.0, 0.4])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_encoder_gets_a_gradient_with_the_same_mean_as_that_of_the_loss_and_less_noise(annealing, groups):
+    """Only means agree: a gradient that is doubly reparameterised is another function of the same noise."""
+    model = tiny_model(5, row_length=4, groups=groups).double()
+    objective = objective_of(model, (1,), 4)
+    clean = torch.tensor([[2, 0, 1, 1]]).expand(2000, -1)
+    direction = direction_in(model.encoder.out)
+    found = [
+        slopes(model, objective, in_double(prepared(objective, clean, step=step)), direction, annealing)
+        for step in range(8)
+    ]
+    ours, plain = torch.tensor(found, dtype=torch.float64).T / 2000
+    error = (ours - plain).std() / math.sqrt(len(found))
+    assert (ours - plain).mean().abs() < 4 * error
+    assert ours.mean().abs() > 6 * error  # or the comparison could not fail
+    assert not torch.allclose(ours, plain, rtol=1e-3)
+    assert ours.std() < 1.5 * plain.std()
 
 
 def test_the_inputs_do_not_depend_on_the_micro_batch():
@@ -140,3 +174,28 @@ def test_given_tokens_are_never_masked_and_every_other_is_revealed_once():
         state, position = states // 6, states % 6
         times.index_put_((x.owner[state // 2], state % 2, position), torch.ones(len(states)), accumulate=True)
         assert torch.equal(times, maskable[:, None].expand(8, 2, 6).float())
+
+
+@pytest.mark.parametrize("law", ["balanced", "bernoulli"])
+def test_the_shapes_do_not_depend_on_the_rows_or_the_step(law):
+    """ZeRO-3 calls the head in as many pieces as the shape tells: it must be the same on every rank."""
+    model = tiny_model(6, row_length=6)
+    objective = objective_of(model, (1, 2, 4), 2, law)
+    generator = torch.Generator().manual_seed(0)
+    shapes = set()
+    for step in range(6):
+        positions = torch.arange(8) + 8 * (step % 3)
+        maskable = torch.rand(8, 6, generator=generator) < (0.3 if step % 2 else 1.0)
+        x = prepared(objective, torch.zeros(8, 6, dtype=torch.int64), maskable, step, positions, 24)
+        shapes.add((x.noisy.shape, x.owner.shape, x.ratio.shape))
+    assert len(shapes) == 1
+
+
+def test_every_row_has_every_t_equally_often():
+    model = tiny_model(6, row_length=4)
+    objective = objective_of(model, (1, 4), 1)
+    clean = torch.zeros(2, 4, dtype=torch.int64)
+    ones = [prepared(objective, clean, step=step).noisy.eq(3).all(1).sum().item() for step in range(50)]
+    first = [bool(prepared(objective, clean, step=step).owner.eq(0).sum() == 1) for step in range(200)]
+    assert set(ones) == {2}  # each row begins with everything masked
+    assert 70 < sum(first) < 130

@@ -2,20 +2,25 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import Enumeration, tiny_model
 
-from vmd_scale.config import load_config
+from vmd_scale.build import build_architecture
 from vmd_scale.data.corpora.four_tokens import four_tokens_distribution
 from vmd_scale.diffusion.sampler import Sampler
+from vmd_scale.errors import UserError
+from vmd_scale.planning import plan
 from vmd_scale.reproduction.measures import count_rows, exact_bound, js_divergence, kl_divergence
 from vmd_scale.reproduction.page import rows_of, write_page
-from vmd_scale.reproduction.runs import ROOT, Job, jobs_of
-from vmd_scale.reproduction.task import Measurement, Sizes
+from vmd_scale.reproduction.runs import jobs_of
+from vmd_scale.reproduction.task import Measurement
 from vmd_scale.reproduction.tasks import TASKS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def test_samples_of_the_data_have_no_divergence_and_unigrams_that_of_their_product():
@@ -52,46 +57,88 @@ def test_the_bound_of_a_listed_distribution_is_its_cross_entropy_with_the_model(
     exact = Enumeration(model)
     p = np.random.default_rng(0).dirichlet(np.ones(27))
     truth = -(torch.from_numpy(p) * exact.likelihood(1, "fixed", "balanced").log()).sum().item()
-    bound, error = exact_bound(model, exact.rows.numpy(), p, Sampler(1), Sizes(0, 256, 270))
+    bound, error = exact_bound(model, exact.rows.numpy(), p, Sampler(1), 10, 256)
     assert truth - 4 * error < bound < truth + 0.05
-    loose, _ = exact_bound(model, exact.rows.numpy(), p, Sampler(1), Sizes(0, 1, 270))
+    loose, _ = exact_bound(model, exact.rows.numpy(), p, Sampler(1), 10, 1)
     assert loose > bound + 0.1
+
+
+def jobs(name, seeds=1, fast=False, extra=(), runs=Path("runs")):
+    return jobs_of(TASKS[name], seeds, fast, extra, CONFIGS, runs)
 
 
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", TASKS)
-def test_every_model_of_every_task_has_a_valid_configuration_and_a_folder_of_its_own(name, fast, tmp_path):
-    jobs = jobs_of(name, 2, fast, [], tmp_path)
-    assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(TASKS[name].variants) * len(TASKS[name].methods)
-    assert {job.method for job in jobs} >= {"mdm", "vmd"}
-    for job in jobs:
+def test_every_model_of_every_task_has_a_valid_configuration_and_a_folder_of_its_own(name, fast):
+    task, found = TASKS[name], jobs(name, 2, fast)
+    assert len({job.folder for job in found}) == len(found) == 2 * len(task.variants) * len(task.methods)
+    assert {job.method for job in found} >= {"mdm", "vmd"}
+    for job in found:
         assert (job.config.latent.width == 0) == (job.method == "mdm")
-        checkpoints = job.config.training.checkpoint_every
-        assert job.config.training.steps % checkpoints == 0 or checkpoints < job.config.training.steps
+        assert job.config.training.steps % job.config.training.checkpoint_every == 0
+        assert job.config.diffusion.objective != "iw" or not job.config.diffusion.kl_weight.at(10**9) < 1
+        assert job.config.diffusion.kl_weight.warmup_steps < job.config.training.steps
+    images = {"mnist": 784, "cifar10": 3072}
+    assert {job.config.data.row_length for job in found} == {images.get(name, found[0].config.data.row_length)}
+
+
+def test_a_folder_is_found_again_by_the_same_configuration_only():
+    (first, *_), (again, *_) = jobs("four_tokens_d1"), jobs("four_tokens_d1")
+    assert first.folder == again.folder
+    others = [
+        jobs("four_tokens_d1", fast=True)[0],
+        jobs("four_tokens_d1", extra=["training.learning_rate=1e-4"])[0],
+        jobs("four_tokens_d1", extra=["data.packing=pad"])[0],
+    ]
+    assert len({first.folder, *(job.folder for job in others)}) == 4
+    assert others[2].config.data.shards != first.config.data.shards
+    assert others[1].config.data.shards == first.config.data.shards
+
+
+def test_methods_and_seeds_have_the_last_word():
+    assert [job.config.latent.width for job in jobs("sudoku", extra=["latent.width=8"])] == [0, 8, 8]
+    for name, override in (("sudoku", "training.seed=7"), ("toy2d", "data.source=circles")):
+        with pytest.raises(UserError, match=f"--set {override}: task '{name}' decides"):
+            jobs(name, extra=[override])
+
+
+def test_sudoku_is_compared_at_equal_parameters():
+    counts = {}
+    for job in jobs("sudoku"):
+        cost = plan(job.config, build_architecture(job.config, 9), 1, "fp32")
+        counts[job.method] = cost.denoiser_parameters + cost.encoder_parameters
+    assert counts["mdm"] == pytest.approx(counts["vmd_surrogate"], rel=0.03)
 
 
 def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tmp_path):
     task = TASKS["four_tokens_d1"]
-    jobs = [job for job in jobs_of(task.name, 3, True, [], tmp_path) if job.method == "vmd"]
+    found = [job for job in jobs(task.name, 3, runs=tmp_path) if job.method == "vmd"]
     results = [
-        [Measurement("accuracy", 0.9 + 0.01 * n, job.config.groups, "drawn", "balanced")] for n, job in enumerate(jobs)
+        [Measurement("accuracy", 0.9 + 0.01 * n, job.config.groups, "fixed", "balanced", "drawn", standard_error=0.002)]
+        for n, job in enumerate(found)
     ]
-    one, two = rows_of(task, jobs, results)
-    assert (one.blocks, one.seeds, one.published) == (1, 3, 0.873)
+    one, two = rows_of(task, found, results)
+    assert (one.blocks, one.seeds, one.published, one.objective) == (1, 3, 0.873, "iw")
     assert (two.blocks, two.published) == (2, 0.942)
     assert one.mean == pytest.approx(0.91)
     assert one.std == pytest.approx(0.01)
-    page = write_page(task, [one, two], "python launchers/reproduce.py four_tokens_d1", tmp_path, tmp_path / "t.json")
+    command = "python launchers/reproduce.py four_tokens_d1"
+    page = write_page(task, found, [one, two], command, tmp_path, "d1", tmp_path / "copy.json")
     text = page.read_text()
-    assert "0.9100 ± 0.0100" in text
-    assert "python launchers/reproduce.py four_tokens_d1" in text
-    assert json.loads((tmp_path / "t.json").read_text())[0]["mean"] == one.mean
+    assert "0.9100 ± 0.0100 | 0.0020 | 3 | 0.8730" in text
+    assert "In all rows: objective iw, latent fixed, law balanced, tokens drawn." in text
+    assert command in text
+    for path in (tmp_path / "copy.json", tmp_path / "d1.json"):
+        assert json.loads(path.read_text())[0]["mean"] == one.mean
 
 
-def test_a_single_seed_has_no_spread(tmp_path):
-    task = TASKS["sudoku"]
-    config = load_config(ROOT / "configs" / task.config)
-    job = Job("sudoku", "", "vmd", config, (), task.sizes, tmp_path)
-    (row,) = rows_of(task, [job], [[Measurement("accuracy", 0.5, 10, "argmax", "margin", split="validation")]])
-    assert row.std is None
-    assert row.published == 0.990
+def test_a_published_figure_stands_only_where_it_was_measured():
+    task, (*_, job) = TASKS["sudoku"], jobs("sudoku")
+    measured = [
+        Measurement("accuracy", 0.5, 10, "fixed", law, "argmax", split)
+        for law in ("margin", "balanced")
+        for split in ("validation", "24-28 clues")
+    ]
+    rows = rows_of(task, [job], [measured])
+    assert [row.published for row in rows] == [0.990, None, None, None]
+    assert all(row.std is None for row in rows)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 
 from vmd_scale.diffusion.corruption import Corruption, choose_steps, corrupt, masked_index, masked_share, stratified
 from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.paths import reveal_steps
-from vmd_scale.model import Posterior
+from vmd_scale.model import ScaledGradient
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TrainingInputs:
     index: Tensor  # int64 [N]
     encoder_mask: Tensor  # bool [B, L]: the pattern m that the encoder reads
     epsilon: Tensor | None  # fp32 [B, G, d_z]; iw: [B, K, G, d_z]
-    nll_weight: Tensor  # fp32 [B, G]
+    nll_weight: Tensor  # fp32 [B, G]; iw: ones
     kl_weight: Tensor  # fp32 [B, G], without the annealing factor
     ratio: Tensor  # fp32 [B, G]; iw: [S, G]
     dropout_seed: int
@@ -57,7 +58,7 @@ class TrainingInputs:
 class Loss:
     """Sums over the rows of a micro-batch, in nats; `total` carries the gradient, the others are for telemetry."""
 
-    total: Tensor  # reconstruction + annealing factor * KL (less free bits)
+    total: Tensor  # reconstruction + annealing factor * KL (less free bits); iw: minus the log of the mean weight
     reconstruction: Tensor
     kl: Tensor
     tokens: Tensor  # counted positions
@@ -87,10 +88,10 @@ class Objective:
         self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int
     ) -> TrainingInputs:
         """Draw T, t, masks and latent noise for rows at `positions` of the global batch of a training step."""
+        if self.kind == "iw":
+            return self._prepare_paths(clean, maskable, attend, step, positions)
         batch, length = clean.shape
         u = stratified(self.noise, step, positions, global_batch, self.groups)
-        if self.kind == "iw":
-            return self._prepare_paths(clean, maskable, attend, step, positions, u)
         choices = self.steps if self.kind == "nelbo" else (math.inf,)
         total, u_time = choose_steps(u, choices)
         u_path = self.noise.uniform(Stream.PATH, step, positions, (self.groups, length // self.groups))
@@ -119,25 +120,32 @@ class Objective:
         )
 
     def _prepare_paths(
-        self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, u: Tensor
+        self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor
     ) -> TrainingInputs:
-        """A T and a whole path for each row; its K latents share the path."""
-        batch, samples = len(clean), self.importance_samples
+        """A T and a whole path for each row; its K latents share the path.
+
+        Every T has its turn among the rows. So the number of states is that of the micro-batch alone, once it is filled
+        up: all ranks and all steps have tensors of one shape, which ZeRO-3's collectives need and compilers like.
+        """
+        batch, samples, choices = len(clean), self.importance_samples, len(self.steps)
         in_groups = maskable.view(batch, self.groups, -1)
         u_path = self.noise.uniform(Stream.PATH, step, positions, in_groups.shape[1:])
-        chosen, _ = choose_steps(u[:, 0], self.steps)
-        owners, before, revealed = [], [], []
-        for steps in dict.fromkeys(self.steps):
-            rows = (chosen == steps).nonzero().squeeze(-1)
+        turn = (positions + int(self.noise.integer(Stream.TIME, step, 0) % choices)) % choices
+        owners, before, revealed, states = [], [], [], 0
+        for choice, steps in enumerate(self.steps):
+            rows = (turn == choice).nonzero().squeeze(-1)
+            longest = int(steps if self.law == "bernoulli" else min(steps, in_groups.shape[-1]))
+            states += -(-batch // choices) * longest
             if not len(rows):
                 continue
             reveal, total = reveal_steps(u_path[rows], in_groups[rows], steps, self.law)
             for k in range(total, 0, -1):
-                some = (reveal == k).any(-1).any(-1)
-                owners.append(rows[some])
-                before.append((reveal[some] <= k) & in_groups[rows[some]])
-                revealed.append(reveal[some] == k)
-        owner, masked, now = torch.cat(owners), torch.cat(before).flatten(1), torch.cat(revealed).flatten(1)
+                owners.append(rows)
+                before.append((reveal <= k) & in_groups[rows])
+                revealed.append(reveal == k)
+        filling = states - sum(map(len, owners))
+        owner = pad(torch.cat(owners), (0, filling))  # states of row 0 in which nothing is masked or revealed
+        masked, now = (pad(torch.cat(some).flatten(1), (0, 0, 0, filling)) for some in (before, revealed))
         shape = (samples, self.groups, self.latent_width)
         return TrainingInputs(
             clean=clean,
@@ -156,9 +164,9 @@ class Objective:
 
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
         """The loss of one micro-batch. `model` is a `VMD`, or an engine around one."""
-        nll, posterior = model(x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio, x.owner)
         if x.owner is not None:
-            return self._importance_weighted(nll, posterior, x, annealing)
+            return self._importance_weighted(model, x, annealing)
+        nll, posterior = model(x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
         per_group = nll.unflatten(1, (self.groups, -1)).sum(-1)  # [B, G]
         reconstruction = (x.nll_weight * per_group).sum()
         if posterior is None:
@@ -170,15 +178,26 @@ class Objective:
             total = reconstruction + annealing * paid
         return Loss(total, reconstruction.detach(), kl.detach(), x.maskable.sum())
 
-    def _importance_weighted(self, nll: Tensor, posterior: Posterior, x: TrainingInputs, annealing: float) -> Loss:
-        """The annealing factor multiplies log p(z) / q(z | x0), whose mean is minus the KL."""
+    def _importance_weighted(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
+        """The annealing factor b multiplies log p(z) / q(z | x0), whose mean is minus the KL.
+
+        The encoder learns by the doubly reparameterised gradient (arXiv 1810.04152), which does not lose its signal as
+        K grows: q is constant in the weights w (normalised over K), and what reaches z is multiplied by 1 - b + b w.
+        """
         assert x.epsilon is not None
         assert x.owner is not None
+        scale = torch.ones(*x.epsilon.shape[:-1], 1, device=x.epsilon.device)
+        inputs = (x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
+        nll, posterior = model(*inputs, x.owner, scale)
         of_states = nll.unflatten(1, (self.groups, -1)).sum(-1).unflatten(0, (len(x.owner), -1))  # [S, K, G]
-        of_paths = torch.zeros(x.epsilon.shape[:-1], dtype=nll.dtype, device=nll.device)  # [B, K, G]
-        of_paths = of_paths.index_add(0, x.owner, of_states)
-        log_ratio = posterior.log_ratio_to_prior(posterior.sample(x.epsilon)) * x.kl_weight.unsqueeze(1)
+        # A matrix product: on a GPU index_add sums in an order that changes from run to run.
+        owned = torch.nn.functional.one_hot(x.owner, len(x.clean)).to(nll.dtype)  # [S, B]
+        of_paths = (owned.T @ of_states.flatten(1)).view(x.epsilon.shape[:-1])  # [B, K, G]
+        z = ScaledGradient.apply(posterior.sample(x.epsilon), scale)
+        constant = posterior._replace(mean=posterior.mean.detach(), log_std=posterior.log_std.detach())
+        log_ratio = constant.log_ratio_to_prior(z) * x.kl_weight.unsqueeze(1)
         log_weight = annealing * log_ratio - of_paths
+        scale.copy_((1 - annealing + annealing * log_weight.detach().softmax(1)).unsqueeze(-1))
         total = (math.log(self.importance_samples) - log_weight.logsumexp(1)).sum()
         kl = (x.kl_weight * posterior.kl()).sum()
         return Loss(total, of_paths.detach().mean(1).sum(), kl.detach(), x.maskable.sum())

@@ -32,32 +32,39 @@ class LatentUsage:
 
 @torch.no_grad()
 def latent_usage(
-    model: VMD, reader: ShardReader, step: int, rows: int = 256, micro_batch: int = 64, seed: int = 0
+    model: VMD, reader: ShardReader, step: int, objective: str, rows: int = 256, micro_batch: int = 64, seed: int = 0
 ) -> LatentUsage:
     """Measure on a fixed random choice of rows. Under ZeRO-3 all ranks must call it: they compute the same.
 
     Args:
         model: with a latent, in evaluation mode.
+        objective: what it was trained with: only `vmd` teaches the encoder about rows that are masked in part.
     """
+    ratios = MASK_RATIOS if objective == "vmd" else (1.0,)
     a, device = model.architecture, next(model.parameters()).device
     numbers = chosen_rows(reader.rows, rows)
-    kls: dict[float, list[Tensor]] = {ratio: [] for ratio in MASK_RATIOS}
+    kls: dict[float, list[Tensor]] = {ratio: [] for ratio in ratios}
     means: list[Tensor] = []
+    scored_groups: list[Tensor] = []
     for batch in evaluation_batches(reader, numbers, micro_batch):
         maskable, attend = masks_of(batch, reader.manifest)
         in_groups = maskable.view(len(maskable), a.groups, -1)
         u = Noise(seed).uniform(Stream.PATH, 0, batch.positions, in_groups.shape[1:])
         ranks, count = random_ranks(u, in_groups), in_groups.sum(-1, keepdim=True)
         scored = in_groups.any(-1).to(device)
-        for ratio in MASK_RATIOS:
+        for ratio in ratios:
             masked = in_groups & (ranks <= (ratio * count).ceil())
             on_attend = None if attend is None else attend.to(device)
             q = model.encode(batch.tokens.to(device), masked.view_as(maskable).to(device), on_attend)
             kls[ratio].append(q.kl()[scored].cpu())
             if ratio == 1.0:
                 mean = q.mean if q.prior is None else q.prior.standardised(q.mean)
-                means.append(mean[scored].cpu())
-    variance = torch.cat(means).var(0)
+                means.append(mean.cpu())
+                scored_groups.append(scored.cpu())
+    # Over the rows, in each group by itself: a mean that only tells the number of the block says nothing of the row.
+    mean, scored = torch.cat(means), torch.cat(scored_groups)
+    of_groups = [mean[scored[:, g], g].var(0) for g in range(a.groups) if scored[:, g].sum() > 1]
+    variance = torch.stack(of_groups).mean(0)
     return LatentUsage(
         step=step,
         rows=len(numbers),

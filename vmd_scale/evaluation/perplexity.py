@@ -17,7 +17,7 @@ from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.paths import LAWS
+from vmd_scale.diffusion.paths import LAWS, RANDOM_LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
@@ -112,8 +112,9 @@ def evaluate(
     score_all = partial(_score_all, reader, rows, request.micro_batch, ranks or Ranks())
     surrogate = None
     if request.surrogate:
-        law = "balanced" if Sampler(1, law=request.paths).by_confidence else request.paths
-        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, law)))
+        if request.paths not in RANDOM_LAWS:
+            raise UserError(f"--surrogate is defined for paths {' and '.join(RANDOM_LAWS)}, not {request.paths!r}")
+        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, request.paths)))
     results = []
     for k, steps in product(request.samples, request.steps):
         sampler = Sampler(steps, request.latent, request.paths)
@@ -189,11 +190,11 @@ def _mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]
 
 def table(results: Sequence[Result]) -> str:
     """A text table for people."""
-    head = ("T", "latent", "K", "bound", "bits/token", "+-", "perplexity", "rows")
-    lines = ["{:>6} {:>7} {:>4} {:>5} {:>11} {:>7} {:>11} {:>7}".format(*head)]
+    head = ("T", "latent", "paths", "K", "bound", "bits/token", "+-", "perplexity", "rows")
+    lines = ["{:>6} {:>7} {:>9} {:>4} {:>5} {:>11} {:>7} {:>11} {:>7}".format(*head)]
     for r in results:
         lines.append(
-            f"{r.steps:>6} {r.latent:>7} {r.k:>4} {r.bound:>5} {r.bits_per_token:>11.4f} "
+            f"{r.steps:>6} {r.latent:>7} {r.paths:>9} {r.k:>4} {r.bound:>5} {r.bits_per_token:>11.4f} "
             f"{r.standard_error / math.log(2):>7.4f} {r.perplexity:>11.4f} {r.rows:>7}"
         )
     return "\n".join(lines)

@@ -14,7 +14,18 @@ from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.standalone import FILE_NAME, modelling_source
 
-MEASURED = ("protocol", "split", "steps", "latent", "k", "bound", "bits_per_token", "standard_error", "perplexity")
+MEASURED = (
+    "protocol",
+    "split",
+    "steps",
+    "latent",
+    "paths",
+    "k",
+    "bound",
+    "bits_per_token",
+    "standard_error",
+    "perplexity",
+)
 
 
 def export(trained: TrainedModel, folder: Path, results: Sequence[Result] = ()) -> Path:

@@ -24,7 +24,7 @@ def negative_elbo(model: VMD, clean: Tensor, maskable: Tensor | None = None) -> 
     """One-sample negative ELBO of each row at T = infinity, in nats [B]: a loss for fine-tuning.
 
     Draws a number n of masked positions uniformly from 1..N in each group of N maskable ones, weighs their NLL by N / n
-    and adds KL(q(z | x0) || N(0, I)) once. Uses torch's global generator.
+    and adds KL(q(z | x0) || p(z)) once. Uses torch's global generator.
 
     Args:
         clean: int64 [B, L].

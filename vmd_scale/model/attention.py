@@ -24,14 +24,16 @@ def flash_available() -> bool:
     return True
 
 
-def choose_kernel(wanted: str, blocks: bool = False) -> str:
+def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:
     """``auto`` becomes flash where flash-attn and a GPU are at hand, else PyTorch's own SDPA.
 
-    With `blocks` (block diffusion's mask), it becomes flex on a GPU; without, flex has nothing to do and is SDPA.
+    With `blocks` (block diffusion's mask), it becomes flex on a GPU, whose kernel wants heads at least 16 wide;
+    without, flex has nothing to do and is SDPA.
     """
-    if blocks and wanted in ("auto", "flash") and torch.cuda.is_available():
+    narrow = head_width < 16 and torch.cuda.is_available()
+    if blocks and wanted in ("auto", "flash") and torch.cuda.is_available() and not narrow:
         return "flex"
-    if wanted == "flex" and not blocks:
+    if wanted == "flex" and (narrow or not blocks):
         return "sdpa"
     if wanted == "auto":
         return "flash" if flash_available() else "sdpa"

@@ -15,7 +15,7 @@ class Denoiser(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.architecture = a
-        self.kernel = choose_kernel(a.attention, blocks=a.groups > 1)
+        self.kernel = choose_kernel(a.attention, blocks=a.groups > 1, head_width=a.head_width)
         condition = a.condition_width if a.has_condition else 0
         self.embedding = nn.Embedding(a.vocab_size + 1, a.width)
         # Rotary attention sees differences of positions only: where everything is masked, all positions would look

@@ -4,7 +4,7 @@ The same network serves as a conditional prior p(z | visible tokens): it then re
 reads the clean token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,22 @@ class Posterior(NamedTuple):
         """log p(z) - log q(z) of each group in nats, [B, G] or [B, K, G]."""
         prior = -0.5 * z.square().sum(-1) if self.prior is None else self.prior.log_density(z)
         return prior - Gaussian(self.mean, self.log_std).log_density(z)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """z as it is; its gradient is multiplied by a tensor that may be filled in later, until the backward pass begins.
+
+    What the doubly reparameterised gradient of importance weights needs: they are known only after the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale, None
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.denoiser import Denoiser
-from vmd_scale.model.encoder import Encoder, Gaussian, Posterior
+from vmd_scale.model.encoder import Encoder, Gaussian, Posterior, ScaledGradient
 from vmd_scale.model.head import masked_nll
 
 
@@ -31,6 +31,7 @@ class VMD(nn.Module):
         attend: Tensor | None = None,
         mask_ratio: Tensor | None = None,
         owner: Tensor | None = None,
+        z_gradient: Tensor | None = None,
     ) -> tuple[Tensor, Posterior | None]:
         """Encode, draw z, denoise, score: everything one training step needs, in one call.
 
@@ -42,6 +43,7 @@ class VMD(nn.Module):
             attend: bool [B, L] or None; mask_ratio: [B, G] or None.
             owner: int64 [S], for several states of a row and K latents of each: then `noisy` and `mask_ratio` are of S
                 states, each of the row `owner`; `epsilon` is [B, K, G, d_z], and `index` numbers positions of [S K, L].
+            z_gradient: fp32 [B, K, G, 1], multiplies the gradient that reaches z; see `ScaledGradient`.
 
         Returns:
             -log p(x0 | xt, z) at masked positions, zero elsewhere, fp32 [B, L] or [S K, L]; and q, None without a
@@ -53,6 +55,8 @@ class VMD(nn.Module):
         assert epsilon is not None
         posterior = self.encode(clean, encoder_mask, attend)
         z = posterior.sample(epsilon)
+        if z_gradient is not None:
+            z = ScaledGradient.apply(z, z_gradient)
         if owner is not None:
             latents = epsilon.shape[1]
             z, owner = z[owner].flatten(0, 1), owner.repeat_interleave(latents)

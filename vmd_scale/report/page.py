@@ -26,6 +26,7 @@ SURROGATE_NOTE = (
     "vmd_surrogate is the training objective of the VMD and VADD papers, in nats per token. It is not a bound on "
     "anything and must not be compared with one."
 )
+PLAIN = {"temperature": 1.0, "nucleus": 1.0, "order_noise": 0.0, "remask": 0.0}  # what does not change the distribution
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1120px; margin: 0 auto;
@@ -210,7 +211,9 @@ def _samples(run: Run) -> str:
         # the launcher notes how z would be drawn even where the model has none
         latent = LATENT_NAMES.get(drawn.latent, drawn.latent) if run.config.latent.width else LATENT_NAMES["none"]
         steps = "∞" if drawn.steps == "inf" else drawn.steps
-        parts.append(f"<h3>{html.escape(f'T = {steps}, {latent}, seed {drawn.seed}')}</h3>")
+        changed = [f"{name} {getattr(drawn, name):g}" for name, plain in PLAIN.items() if getattr(drawn, name) != plain]
+        title = ", ".join([f"T = {steps}", latent, *([drawn.law] if drawn.law else []), *changed, f"seed {drawn.seed}"])
+        parts.append(f"<h3>{html.escape(title)}</h3>")
         parts += [f'<div class="sample">{html.escape(text)}</div>' for text in drawn.texts]
     return "\n".join(parts)
 

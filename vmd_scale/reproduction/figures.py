@@ -12,31 +12,31 @@ from vmd_scale.reproduction.task import Plot, Row
 Curves = dict[str, list[tuple[float, float, float]]]  # name: (x, mean, spread over seeds)
 
 
-def kl_against_p(rows: Sequence[Row], output: Path) -> None:
+def kl_against_p(rows: Sequence[Row], output: Path) -> bool:
     """KL(data, samples) in one step against the correlation p of two tokens."""
     curves: Curves = {}
     for r in rows:
         p = "1" if r.variant == "uniform" else r.variant
         if r.metric == "kl" and r.steps == 1 and r.tokens == "drawn" and p.replace(".", "", 1).isdigit():
             curves.setdefault(r.method, []).append((float(p), r.mean, r.std or 0.0))
-    _save(curves, output, "correlation p of the two tokens", "KL(data, samples), nats", log=False)
+    return _save(curves, output, "correlation p of the two tokens", "KL(data, samples), nats", log=False)
 
 
 def against_steps(metric: str, label: str) -> Plot:
     """A figure of one metric against the number of steps, a curve for each method."""
 
-    def plot(rows: Sequence[Row], output: Path) -> None:
+    def plot(rows: Sequence[Row], output: Path) -> bool:
         curves: Curves = {}
         for r in rows:
             if r.metric == metric and r.steps != "inf":
                 name = r.method if r.blocks == 1 else f"{r.method}, {r.blocks} blocks"
                 curves.setdefault(name, []).append((float(r.steps), r.mean, r.std or 0.0))
-        _save(curves, output, "sampling steps of a row", label, log=True)
+        return _save(curves, output, "sampling steps of a row", label, log=True)
 
     return plot
 
 
-def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, log: bool) -> None:
+def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, log: bool) -> bool:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for n, (name, points) in enumerate(curves.items()):
@@ -52,3 +52,4 @@ def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, log: bool) -> 
 
     if curves:
         write_atomically(output, draw_png(draw))
+    return bool(curves)

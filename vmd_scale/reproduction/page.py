@@ -7,100 +7,110 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
+from vmd_scale.planning import plan
 from vmd_scale.reproduction.runs import Job
 from vmd_scale.reproduction.task import Measurement, Row, Task
+from vmd_scale.tokenization import load_tokenizer
+
+WHAT = ("variant", "method", "objective", "blocks", "steps", "latent", "law", "tokens", "split", "metric", "k")
 
 
 def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Sequence[Measurement]]) -> list[Row]:
     """Mean and spread over seeds, in the order of variants, methods and measurements."""
-    grouped: dict[tuple, list[float]] = {}
+    grouped: dict[tuple, list[Measurement]] = {}
     for job, measured in zip(jobs, results, strict=True):
+        of_model = (job.variant, job.method, job.config.diffusion.objective, job.config.groups)
         for m in measured:
-            of_model = (job.variant, job.method, job.config.groups)
-            key = (*of_model, m.steps, m.latent, m.tokens, m.law, m.split, m.metric)
-            grouped.setdefault(key, []).append(m.value)
+            key = (*of_model, m.steps, m.latent, m.law, m.tokens, m.split, m.metric, m.k)
+            grouped.setdefault(key, []).append(m)
     rows = []
-    for key, values in grouped.items():
-        variant, method, blocks, steps, latent, tokens, law, split, metric = key
+    for key, found in grouped.items():
+        what: dict[str, Any] = dict(zip(WHAT, key, strict=True))
+        values = [m.value for m in found]
+        errors = [m.standard_error for m in found if m.standard_error is not None]
         rows.append(
             Row(
                 task=task.name,
-                variant=variant,
-                method=method,
-                blocks=blocks,
-                steps=steps,
-                latent=latent,
-                tokens=tokens,
-                law=law,
-                split=split,
-                metric=metric,
+                **what,
                 mean=float(np.mean(values)),
                 std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                standard_error=float(np.mean(errors)) if errors else None,
                 seeds=len(values),
-                published=_published(task, variant, method, blocks, steps, law, metric),
+                published=task.published_beside(what),
             )
         )
     return rows
 
 
-def _published(
-    task: Task, variant: str, method: str, blocks: int, steps: int | str, law: str, metric: str
-) -> float | None:
-    for which in (law, ""):
-        if (variant, method, blocks, steps, which, metric) in task.published:
-            return task.published[variant, method, blocks, steps, which, metric]
-    return None
-
-
-def write_page(task: Task, rows: Sequence[Row], command: str, folder: Path, json_file: Path | None) -> Path:
-    """Write TASK.md and TASK.json, and TASK.png where the task has a figure; returns the page."""
-    page, picture = folder / f"{task.name}.md", folder / f"{task.name}.png"
+def write_page(
+    task: Task, jobs: Sequence[Job], rows: Sequence[Row], command: str, folder: Path, name: str, copy: Path | None
+) -> Path:
+    """Write NAME.md, NAME.json, and NAME.png where there is a figure; `copy` gets the JSON too. Returns the page."""
+    page, picture = folder / f"{name}.md", folder / f"{name}.png"
     lines = [f"# {task.title}", "", *(f"{note}\n" for note in task.notes)]
-    if task.plot is not None:
-        task.plot(rows, picture)
-        if picture.exists():
-            lines += [f"![{task.title}]({picture.name})", ""]
-    lines += [
-        markdown_table(rows),
-        "",
-        f"Made on {datetime.now(UTC):%Y-%m-%d} by",
-        "",
-        f"    {command}",
-        "",
-        _hardware(),
-        "",
-    ]
-    write_json(json_file or folder / f"{task.name}.json", [asdict(row) for row in rows])
+    if task.plot is not None and task.plot(rows, picture):
+        lines += [f"![{task.title}]({picture.name})", ""]
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d} by"
+    lines += [markdown_table(rows), "", cost_table(jobs), "", made, "", f"    {command}", "", _hardware(), ""]
+    for path in (folder / f"{name}.json", copy):
+        if path is not None:
+            write_json(path, [asdict(row) for row in rows])
     write_atomically(page, "\n".join(lines))
     return page
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table; what is the same in all rows is said once, above it."""
+    shown = [c for c in WHAT if c in ("method", "steps", "metric") or len({getattr(r, c) for r in rows}) > 1]
+    same = [f"{c} {getattr(rows[0], c)}" for c in WHAT if c not in shown and getattr(rows[0], c) not in ("", None)]
+    head = [*shown, "mean ± spread over seeds", "± of one estimate", "seeds", "published"]
+    lines = [f"In all rows: {', '.join(same)}.", ""] if same else []
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in rows:
+        value = _number(r.mean) if r.std is None else f"{_number(r.mean)} ± {_number(r.std)}"
+        cells = [str(v) if (v := getattr(r, c)) is not None else "" for c in shown]
+        cells += [value, _number(r.standard_error), str(r.seeds), _number(r.published)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(jobs: Sequence[Job]) -> str:
+    """Parameters and training work of each method: who compares them should know."""
+    lines = [
+        "| method | blocks | denoiser parameters | encoder and prior | steps | training FLOPs |",
+        "|" + " --- |" * 6,
+    ]
+    seen = set()
+    for job in jobs:
+        config = job.config
+        key = (job.method, config.groups)
+        if key in seen:
+            continue
+        seen.add(key)
+        cost = plan(config, build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 1, "fp32")
+        steps, batch = config.training.steps, config.training.global_batch
+        flops = cost.flops_per_token * config.data.row_length * batch * steps
+        cells = (f"{cost.denoiser_parameters:,}", f"{cost.encoder_parameters:,}", f"{steps:,}", f"{flops:.2e}")
+        lines.append(f"| {job.method} | {config.groups} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _hardware() -> str:
     if torch.cuda.is_available():
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
-        where = f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
+        where = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), no GPU"
     return f"on {where}; PyTorch {torch.__version__}, Python {platform.python_version()}."
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Markdown; columns that say the same everywhere are left out."""
-    columns = ["variant", "split", "method", "blocks", "latent", "law", "tokens", "steps", "metric"]
-    told = [c for c in columns if c in ("method", "steps", "metric") or len({getattr(r, c) for r in rows}) > 1]
-    head = [*told, "mean ± spread over seeds", "seeds", "published"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for r in rows:
-        value = _number(r.mean) if r.std is None else f"{_number(r.mean)} ± {_number(r.std)}"
-        published = "" if r.published is None else _number(r.published)
-        cells = [str(getattr(r, c)) for c in told] + [value, str(r.seeds), published]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.4f}" if math.isfinite(value) else str(value)

@@ -1,27 +1,29 @@
-"""Training the models of a task, several at once where there is no GPU, and measuring each of them once."""
+"""Training the models of a task, as many at once as there are devices for, and measuring each of them once."""
 
+import hashlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from vmd_scale.checkpoints import load_trained, whole_checkpoints
+from vmd_scale.checkpoints import find_checkpoint, load_trained, whole_checkpoints
 from vmd_scale.config import Config, load_config
 from vmd_scale.data.prepare import prepare
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
-from vmd_scale.reproduction.task import Measurement, Sizes
+from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -32,89 +34,144 @@ class Job:
     variant: str
     method: str
     config: Config
-    overrides: tuple[str, ...]
     sizes: Sizes
     folder: Path
 
+    @property
+    def asked(self) -> dict[str, object]:
+        """What its measurements are of."""
+        return {"config": self.config.model_dump(mode="json"), "sizes": asdict(self.sizes)}
 
-def jobs_of(task_name: str, seeds: int, fast: bool, extra: Sequence[str], folder: Path) -> list[Job]:
-    """One job for each variant, method and seed."""
-    task, jobs = TASKS[task_name], []
+
+def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: Path, runs: Path) -> list[Job]:
+    """One job for each variant, method and seed. A folder is named by its configuration: no other model is found there.
+
+    Args:
+        extra: overrides KEY=VALUE for all of them; methods have the last word.
+        configs: the folder of configuration files; runs: where models and shards go.
+
+    Raises:
+        UserError: an override of what the task itself decides.
+    """
+    owned = ["training.seed", "data.shards", *(["data.source"] if task.variants != ("",) else [])]
+    for override in extra:
+        key = override.partition("=")[0]
+        if key in owned:
+            raise UserError(f"--set {override}: task {task.name!r} decides {key} itself")
+    jobs = []
     for variant in task.variants:
         for method in task.methods:
             for seed in range(seeds):
-                # The method last: it may switch off what makes the task smaller.
-                overrides = (*(task.fast if fast else ()), *method.overrides, f"training.seed={seed}")
+                overrides = [*(task.fast if fast else ()), *extra, *method.overrides, f"training.seed={seed}"]
                 if variant:
-                    shards = folder / task_name / variant / "shards"
-                    overrides += (f'data.source="{variant}"', f"data.shards={shards}")
+                    overrides.append(f"data.source={json.dumps(variant)}")
+                config = load_config(configs / task.config, overrides)
+                config = _with_shards(config, runs / task.name)
+                name = f"{variant}-{method.name}-{config.groups}-blocks-seed{seed}-{_digest(config.model_dump())}"
                 sizes = task.fast_sizes if fast else task.sizes
-                overrides += tuple(extra)
-                config = load_config(ROOT / "configs" / task.config, overrides)
-                where = folder / task_name / variant / f"{method.name}-{config.groups}-blocks-seed{seed}"
-                jobs.append(Job(task_name, variant, method.name, config, overrides, sizes, where))
+                jobs.append(Job(task.name, variant, method.name, config, sizes, runs / task.name / name.lstrip("-")))
     return jobs
 
 
+def _with_shards(config: Config, folder: Path) -> Config:
+    """Shards of the task's own: the same for all models with the same data, and only for them."""
+    values = config.data.model_dump(exclude={"shards", "workers"})
+    data = config.data.model_copy(update={"shards": str(folder / f"shards-{_digest(values)}")})
+    return config.model_copy(update={"data": data})
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_jobs(jobs: Sequence[Job]) -> list[list[Measurement]]:
-    """Train and measure all; what is done already is read. Without a GPU, one at a time on each CPU core.
+    """Train and measure all; what is done already is read.
+
+    Without a GPU, one model is trained on each CPU core; with GPUs, each on as many as its micro-batches divide into.
 
     Raises:
         UserError: a training run failed; its folder holds the log.
     """
     for config in {job.config.data.shards: job.config for job in jobs}.values():
         prepare(config.data)
-    workers = 1 if torch.cuda.is_available() else min(len(jobs), os.cpu_count() or 1)
+        for data in TASKS[jobs[0].task].other_data(config, jobs[0].sizes).values():
+            prepare(data, splits=["validation"])
+    slots = _slots(jobs)
+    context = get_context("spawn")
+    free: Queue = context.Queue()
+    for slot in slots:
+        free.put(slot)
     results: dict[int, list[Measurement]] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_job, job, workers): n for n, job in enumerate(jobs)}
-        try:
-            for future in tqdm(as_completed(futures), total=len(jobs), unit="model", desc=jobs[0].task):
-                results[futures[future]] = future.result()
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(len(slots), mp_context=context, initializer=_take_slot, initargs=(free,))
+    try:
+        futures = {pool.submit(_in_worker, job): n for n, job in enumerate(jobs)}
+        for future in tqdm(as_completed(futures), total=len(jobs), unit="model", desc=jobs[0].task):
+            results[futures[future]] = future.result()
+    finally:  # after a failure, those that are being trained come to their end
+        pool.shutdown(cancel_futures=True)
     return [results[n] for n in range(len(jobs))]
 
 
-def run_job(job: Job, workers: int) -> list[Measurement]:
+def _slots(jobs: Sequence[Job]) -> list[str]:
+    """Where models are trained side by side: sets of GPUs ("0,1"), or CPU cores ("")."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return [""] * min(len(jobs), len(os.sched_getaffinity(0)))
+    micro_batches = min(job.config.training.global_batch // job.config.training.micro_batch for job in jobs)
+    each = max(n for n in range(1, gpus + 1) if micro_batches % n == 0)
+    return [",".join(map(str, range(first, first + each))) for first in range(0, gpus - each + 1, each)]
+
+
+def _take_slot(free: Queue) -> None:
+    """In a new worker: the devices that are its own, before it touches any."""
+    slot = free.get()
+    if slot:
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot
+    else:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        torch.set_num_threads(1)
+
+
+def _in_worker(job: Job) -> list[Measurement]:
+    try:
+        return run_job(job)
+    except KeyboardInterrupt:  # which the executor would survive, and take the next model
+        os._exit(130)
+
+
+def run_job(job: Job) -> list[Measurement]:
     """Train one model, unless its folder holds it, and measure it, unless that is done."""
     done = job.folder / "measurements.json"
-    asked = {"overrides": list(job.overrides), "sizes": asdict(job.sizes)}
+    asked = json.loads(json.dumps(job.asked))
     if done.exists() and json.loads(done.read_text())["asked"] == asked:
-        return read_json_list(done)
-    if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    config = job.config
-    last = job.folder / "checkpoints" / f"step-{config.training.steps:08d}"
-    if not any(found.name >= last.name for found in whole_checkpoints(job.folder / "checkpoints")):
-        train(job, workers)
-    trained = load_trained(job.folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    measured = list(TASKS[job.task].measure(trained, job.variant, job.sizes))
+        return [Measurement(**values) for values in json.loads(done.read_text())["measurements"]]
+    wanted = f"step-{job.config.training.steps:08d}"
+    if not any(found.name == wanted for found in whole_checkpoints(job.folder / "checkpoints")):
+        train(job)
+    task, device = TASKS[job.task], "cuda" if torch.cuda.is_available() else "cpu"
+    trained = load_trained(find_checkpoint(job.folder / "checkpoints" / wanted), device=device)
+    measured = task.measure(Model(trained, job.variant, job.sizes, task.other_data(job.config, job.sizes)))
     write_json(done, {"asked": asked, "measurements": [asdict(m) for m in measured]})
-    return measured
+    return list(measured)
 
 
-def read_json_list(path: Path) -> list[Measurement]:
-    return [Measurement(**values) for values in json.loads(path.read_text())["measurements"]]
-
-
-def train(job: Job, workers: int) -> None:
-    """The launcher itself, as a user would start it: under `deepspeed` on GPUs, else one process."""
+def train(job: Job) -> None:
+    """Call the launcher as a user would: under `deepspeed` on GPUs, else as one process."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    config = job.folder / "asked.json"
+    config.write_text(job.config.to_json())
     command = [sys.executable]
-    environment = dict(os.environ)
     if torch.cuda.is_available():
-        command = [str(Path(sys.executable).with_name("deepspeed"))]
-    else:
-        environment["DS_ACCELERATOR"] = "cpu"
-        if workers > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    command += [str(ROOT / "launchers" / "pretrain.py"), "--config", str(ROOT / "configs" / TASKS[job.task].config)]
-    command += ["--output", str(job.folder)]
-    command += [part for override in job.overrides for part in ("--set", override)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port)]
+    launcher = Path(__file__).resolve().parents[2] / "launchers" / "pretrain.py"
+    command += [str(launcher), "--config", str(config), "--output", str(job.folder)]
     output = job.folder / "train.log"
     with open(output, "ab") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        raise UserError(f"training {job.folder} failed with exit code {code}; see {output}")
+        errors = re.findall(r"^error: (.*)$", output.read_text(errors="replace"), re.MULTILINE)
+        why = f": {errors[-1]}" if errors else f"; see {output}"
+        raise UserError(f"training {job.folder} ended with exit code {code}{why}")

@@ -1,27 +1,26 @@
 """What a reference task is made of: data, methods, measurements and published figures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.config import Config, DataConfig
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number about one trained model.
-
-    `steps` counts those of the whole row. `tokens` says how a sampler took tokens, argmax or drawn (the distribution
-    whose likelihood is bounded); it is empty for what is not sampled. `law` is that of the paths.
-    """
+    """One number about one trained model."""
 
     metric: str
     value: float
-    steps: int | str
-    tokens: str = ""
-    law: str = ""
-    latent: str = "fixed"  # fixed | fresh | none
-    split: str = ""  # where it was measured, if not on what the model was trained for
+    steps: int | str  # of the whole row
+    latent: str  # fixed | fresh | none
+    law: str  # of the paths
+    tokens: str = ""  # argmax | drawn (the distribution that is bounded); empty for what is not sampled
+    split: str = ""
+    k: int | None = None  # importance samples of a bound
+    standard_error: float | None = None  # of the estimate, for this one model
 
 
 @dataclass(frozen=True)
@@ -29,16 +28,31 @@ class Method:
     """A model by name, as overrides (KEY=VALUE) of the task's configuration."""
 
     name: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: all of it for a table, less for a quick look."""
+    """How much is measured."""
 
-    samples: int
-    importance_samples: int  # K
-    rows: int  # scored or solved
+    samples: int = 0
+    rows: int = 0  # scored or solved
+    importance_samples: int = 1  # K
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of a paper, and the rows that it stands beside; None is any."""
+
+    value: float
+    method: str
+    metric: str
+    steps: int | str
+    blocks: int = 1
+    variant: str | None = None
+    law: str | None = None
+    tokens: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,23 +62,38 @@ class Row:
     task: str
     variant: str
     method: str
+    objective: str
     blocks: int
     steps: int | str
     latent: str
-    tokens: str
     law: str
+    tokens: str
     split: str
     metric: str
+    k: int | None
     mean: float
     std: float | None  # over seeds; None for a single one
+    standard_error: float | None  # of one model's estimate, their mean
     seeds: int
     published: float | None
 
 
-Measure = Callable[[TrainedModel, str, Sizes], Sequence[Measurement]]  # (model, variant, sizes)
-Plot = Callable[[Sequence[Row], Path], None]
-# by variant, method, blocks, steps, tokens or law or "", metric
-Published = Mapping[tuple[str, str, int, int | str, str, str], float]
+@dataclass(frozen=True)
+class Model:
+    """A model of a task, trained: what a measure is given."""
+
+    trained: TrainedModel
+    variant: str
+    sizes: Sizes
+    other_data: Mapping[str, DataConfig]  # prepared, by name
+
+
+Measure = Callable[[Model], Sequence[Measurement]]
+Plot = Callable[[Sequence[Row], Path], bool]  # whether there was anything to draw
+
+
+def no_other_data(config: Config, sizes: Sizes) -> dict[str, DataConfig]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -74,12 +103,21 @@ class Task:
     name: str
     title: str
     config: str  # file in configs/
-    variants: tuple[str, ...]  # "" for the configuration's own data.source
     methods: tuple[Method, ...]
     measure: Measure
     sizes: Sizes
     fast: tuple[str, ...]  # overrides that make it small enough for two CPU cores
     fast_sizes: Sizes
-    published: Published = field(default_factory=dict)
+    variants: tuple[str, ...] = ("",)  # "" for the configuration's own
+    published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
     plot: Plot | None = None
+    other_data: Callable[[Config, Sizes], dict[str, DataConfig]] = no_other_data  # measured on, beside the task's own
+
+    def published_beside(self, row: Mapping[str, object]) -> float | None:
+        """The figure that belongs beside a row, given as {field: value}."""
+        conditions = [f.name for f in fields(Published) if f.name != "value"]
+        for figure in self.published:
+            if all(getattr(figure, name) in (None, row[name]) for name in conditions):
+                return figure.value
+        return None

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vmd_scale.checkpoints import DEEPSPEED, LATEST, MANIFEST, RUN_STATE, damage, whole_checkpoints
-from vmd_scale.config import Config
+from vmd_scale.config import Config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import flush_to_disk, sha256_of, write_atomically, write_json
 from vmd_scale.training.ema import ShardedEMA
@@ -174,14 +174,14 @@ def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
             f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
             f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
-    saved = state["config"]
+    saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
     ours = config.model_dump(mode="json")
     fixed = [("data", k) for k in ours["data"] if k not in ("shards", "workers", "source", "shard_tokens")]
     fixed += [("model", k) for k in ours["model"] if k != "attention"]
     fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
     fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay")]
     for section, key in fixed:
-        before = saved.get(section, {}).get(key)
+        before = saved[section][key]
         if before != ours[section][key]:
             raise UserError(
                 f"{section}.{key} is {ours[section][key]!r}, but {checkpoint} was trained with {before!r}; "

@@ -191,7 +191,9 @@ class Trainer:
                 ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
                 results += evaluate(self.engine.module, reader, request, weights, done, ranks)
             if self.config.latent.width:
-                telemetry.latent(latent_usage(self.engine.module, reader, done).to_dict())
+                objective, micro_batch = self.config.diffusion.objective, self.config.training.micro_batch
+                used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
+                telemetry.latent(used.to_dict())
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
