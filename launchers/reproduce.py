@@ -4,9 +4,9 @@
     python launchers/reproduce.py sudoku --fast --json sudoku.json          scaled down to two CPU cores
     python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
 
-Writes docs/results/TASK.md, TASK.json and TASK.png (TASK_fast.* with --fast). Models stay in runs/reproduce/TASK; called
-again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each on as
-many as its micro-batches divide into.
+Writes docs/results/TASK.md, TASK.json and TASK.png (TASK_fast.* with --fast). Models stay in runs/reproduce/TASK;
+called again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each
+on as many as its micro-batches divide into.
 """
 
 import argparse
