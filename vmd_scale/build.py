@@ -1,5 +1,7 @@
 """From a configuration to the objects of a run: the one place where config keys meet constructors."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch
 from vmd_scale.data.manifest import Manifest
 from vmd_scale.data.roles import Role
+from vmd_scale.diffusion.importance import ImportanceWeightedObjective
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import Objective
 from vmd_scale.model import VMD, Architecture
@@ -48,17 +51,18 @@ def build_model(config: Config, vocab_size: int) -> VMD:
 
 def build_objective(config: Config, vocab_size: int) -> Objective:
     diffusion = config.diffusion
-    return Objective(
-        kind=diffusion.objective,
-        steps=step_values(diffusion.steps),
-        law=diffusion.paths,
-        groups=config.groups,
-        latent_width=config.latent.width,
-        mask_id=vocab_size,
-        noise=Noise(config.training.seed),
-        free_bits=diffusion.free_bits,
-        importance_samples=diffusion.importance_samples,
-    )
+    arguments: dict[str, Any] = {
+        "kind": diffusion.objective,
+        "steps": step_values(diffusion.steps),
+        "law": diffusion.paths,
+        "groups": config.groups,
+        "latent_width": config.latent.width,
+        "mask_id": vocab_size,
+        "noise": Noise(config.training.seed),
+    }
+    if diffusion.objective == "iw":
+        return ImportanceWeightedObjective(**arguments, importance_samples=diffusion.importance_samples)
+    return Objective(**arguments, free_bits=diffusion.free_bits)
 
 
 def masks_of(batch: Batch, manifest: Manifest) -> tuple[Tensor, Tensor | None]:

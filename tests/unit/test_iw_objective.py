@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny_models import Enumeration, sequences, tiny_model
 
+from vmd_scale.diffusion.importance import ImportanceWeightedObjective
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective
 
 INF = math.inf
 
@@ -16,7 +16,8 @@ INF = math.inf
 def objective_of(model, steps, samples, law="balanced", seed=0):
     a = model.architecture
     noise = Noise(seed)
-    return Objective("iw", steps, law, a.groups, a.latent_width, a.mask_id, noise, importance_samples=samples)
+    arguments = ("iw", steps, law, a.groups, a.latent_width, a.mask_id, noise)
+    return ImportanceWeightedObjective(*arguments, importance_samples=samples)
 
 
 def prepared(objective, clean, maskable=None, step=0, positions=None, total=None):
