@@ -7,10 +7,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
 from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
+
+_training: subprocess.Popen | None = None  # what this worker waits for
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[list[Measurement]]:
     for slot in slots:
         free.put(slot)
     results: dict[int, list[Measurement]] = {}
-    pool = ProcessPoolExecutor(len(slots), mp_context=context, initializer=_take_slot, initargs=(free,))
+    pool = ProcessPoolExecutor(len(slots), mp_context=context, initializer=_begin, initargs=(free,))
     try:
         futures = {pool.submit(_in_worker, job): n for n, job in enumerate(jobs)}
         for future in tqdm(as_completed(futures), total=len(jobs), unit="model", desc=jobs[0].task):
@@ -122,14 +125,24 @@ def _slots(jobs: Sequence[Job]) -> list[str]:
     return [",".join(map(str, range(first, first + each))) for first in range(0, gpus - each + 1, each)]
 
 
-def _take_slot(free: Queue) -> None:
-    """In a new worker: the devices that are its own, before it touches any."""
+def _begin(free: Queue) -> None:
+    """In a new worker: take the devices that are its own before touching any, and do not outlive who asked."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     slot = free.get()
     if slot:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot
     else:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    if _training is not None:
+        _training.terminate()
+    os._exit(1)
 
 
 def _in_worker(job: Job) -> list[Measurement]:
@@ -169,8 +182,9 @@ def train(job: Job) -> None:
     launcher = Path(__file__).resolve().parents[2] / "launchers" / "pretrain.py"
     command += [str(launcher), "--config", str(config), "--output", str(job.folder)]
     output = job.folder / "train.log"
-    with open(output, "ab") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    global _training
+    with open(output, "ab") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as _training:
+        code = _training.wait()
     if code:
         errors = re.findall(r"^error: (.*)$", output.read_text(errors="replace"), re.MULTILINE)
         why = f": {errors[-1]}" if errors else f"; see {output}"
