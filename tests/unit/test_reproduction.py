@@ -125,8 +125,10 @@ def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tm
     command = "python launchers/reproduce.py four_tokens_d1"
     page = write_page(task, found, [one, two], command, tmp_path, "d1", tmp_path / "copy.json")
     text = page.read_text()
-    assert "0.9100 ± 0.0100 | 0.0020 | 3 | 0.8730" in text
-    assert "In all rows: objective iw, latent fixed, law balanced, tokens drawn." in text
+    assert "| vmd | 1 | 1 | 0.9100 ± 0.0100 [0.873] |" in text
+    assert "In all lines: objective iw, latent fixed, law balanced." in text
+    assert "accuracy drawn" in text
+    assert "standard deviation over 3 seeds" in text
     assert command in text
     for path in (tmp_path / "copy.json", tmp_path / "d1.json"):
         assert json.loads(path.read_text())[0]["mean"] == one.mean

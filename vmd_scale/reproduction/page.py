@@ -1,6 +1,5 @@
 """docs/results/TASK.md: the table of a task beside the published figures, and how it was made."""
 
-import math
 import os
 import platform
 from collections.abc import Sequence
@@ -67,18 +66,43 @@ def write_page(
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The table; what is the same in all rows is said once, above it."""
-    shown = [c for c in WHAT if c in ("method", "steps", "metric") or len({getattr(r, c) for r in rows}) > 1]
-    same = [f"{c} {getattr(rows[0], c)}" for c in WHAT if c not in shown and getattr(rows[0], c) not in ("", None)]
-    head = [*shown, "mean ± spread over seeds", "± of one estimate", "seeds", "published"]
-    lines = [f"In all rows: {', '.join(same)}.", ""] if same else []
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    """A line for each model and sampler, a column for each metric; what is the same everywhere is said once, above."""
+    setting = ("variant", "method", "objective", "blocks", "latent", "split", "law", "steps")
+    shown = [c for c in setting if c in ("method", "steps") or len({getattr(r, c) for r in rows} - {""}) > 1]
+    same = [f"{c} {next(iter(found))}" for c in setting if c not in shown and (found := _values(rows, c))]
+    columns = list(dict.fromkeys(_column(r) for r in rows))
+    lines: dict[tuple, dict[str, str]] = {}
     for r in rows:
-        value = _number(r.mean) if r.std is None else f"{_number(r.mean)} ± {_number(r.std)}"
-        cells = [str(v) if (v := getattr(r, c)) is not None else "" for c in shown]
-        cells += [value, _number(r.standard_error), str(r.seeds), _number(r.published)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.setdefault(tuple(getattr(r, c) for c in shown), {})[_column(r)] = _cell(r)
+    head = [*shown, *columns]
+    text = [f"In all lines: {', '.join(same)}.", ""] if same else []
+    text += [_legend(rows), "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for key, cells in lines.items():
+        text.append("| " + " | ".join([*map(str, key), *(cells.get(c, "") for c in columns)]) + " |")
+    return "\n".join(text)
+
+
+def _values(rows: Sequence[Row], name: str) -> set[object]:
+    return {getattr(r, name) for r in rows} - {""}
+
+
+def _column(r: Row) -> str:
+    return " ".join([r.metric, *([r.tokens] if r.tokens else []), *([f"(K = {r.k})"] if r.k is not None else [])])
+
+
+def _cell(r: Row) -> str:
+    spread = r.standard_error if r.std is None else r.std
+    value = f"{r.mean:.4f}" if spread is None else f"{r.mean:.4f} ± {spread:.4f}"
+    return value if r.published is None else f"{value} [{r.published:g}]"
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    seeds = max(r.seeds for r in rows)
+    spread = (
+        f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error of the estimate (1 seed)"
+    )
+    brackets = " In brackets: the published figure." if any(r.published is not None for r in rows) else ""
+    return f"After ±: {spread}.{brackets}"
 
 
 def cost_table(jobs: Sequence[Job]) -> str:
@@ -108,9 +132,3 @@ def _hardware() -> str:
     else:
         where = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), no GPU"
     return f"on {where}; PyTorch {torch.__version__}, Python {platform.python_version()}."
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if math.isfinite(value) else str(value)
