@@ -103,7 +103,7 @@ def pretrain(desk, *settings):
         ),
         (
             ["diffusion.objective=iw", "diffusion.free_bits=1"],
-            "diffusion.free_bits (1.0) has no meaning with objective",
+            "diffusion.free_bits (1.0) has no meaning with diffusion.objective",
         ),
         (
             ["latent.prior=conditional", "diffusion.block_size=8", "latent.scope=block"],
