@@ -1,4 +1,4 @@
-"""Objective iw with a conditional prior: the same losses on one rank and on two, whatever ZeRO stage divides the weights.
+"""Objective iw with a conditional prior: the same losses on one rank and on two, however ZeRO divides the weights.
 
 Under ZeRO-3 every call of a layer is a collective: this would hang if ranks had inputs of different shapes.
 """
