@@ -393,7 +393,7 @@ def test_the_tokenizer_must_fit(corpus: str) -> None:
         list(documents(data(corpus, tokenizer="symbols:3"), "train"))
 
 
-@pytest.mark.parametrize("name", ["two_tokens", "four_tokens", "toy2d", "sudoku"])
+@pytest.mark.parametrize("name", ["two_tokens", "four_tokens_d1", "four_tokens_d2", "toy2d", "sudoku"])
 def test_prepared_and_inspected(name: str, tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / f"{name}.json").data
     one = config.model_copy(update={"shards": str(tmp_path / "one")})
