@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -126,8 +127,15 @@ def solved(model: Model) -> list[Measurement]:
     return found
 
 
-def bounds(metric: str, split: str, steps: Sequence[float], surrogate: bool = False) -> Measure:
-    """ELBOs of the T-step samplers on a split: metric `perplexity` of a token, or `bits_per_dim`."""
+def bounds(
+    metric: str, split: str, steps: Sequence[float], surrogate: bool = False, tight: Sequence[float] = ()
+) -> Measure:
+    """ELBOs of the T-step samplers on a split: metric `perplexity` of a token, or `bits_per_dim`.
+
+    Args:
+        steps: T, of each block.
+        tight: those T for which there is an importance-weighted bound as well.
+    """
     perplexity = metric == "perplexity"
 
     def measure(model: Model) -> list[Measurement]:
@@ -144,7 +152,12 @@ def bounds(metric: str, split: str, steps: Sequence[float], surrogate: bool = Fa
             micro_batch=min(64, trained.config.training.micro_batch),
             surrogate=with_surrogate,
         )
-        results = evaluate(trained.model, ShardReader(trained.config.data.shards, split), request, "ema", trained.step)
+        reader = ShardReader(trained.config.data.shards, split)
+        results = evaluate(trained.model, reader, request, "ema", trained.step)
+        if tight:
+            samples = (model.sizes.importance_samples,)
+            request = replace(request, steps=tuple(tight), samples=samples, surrogate=False)
+            results += evaluate(trained.model, reader, request, "ema", trained.step)
         found = [
             Measurement(
                 metric=metric,
