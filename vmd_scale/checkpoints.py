@@ -1,12 +1,15 @@
 """The format of a run's checkpoints, and reading weights from them without DeepSpeed.
 
-checkpoints/latest                      name of the newest whole checkpoint
+checkpoints/latest                        name of the newest whole checkpoint
+checkpoints/best                          name of the one with the lowest bound on validation
 checkpoints/step-00000100/
-    deepspeed/                          DeepSpeed's own shards: what a resume reads
-    weights-00000-of-00002.safetensors  each rank's fragments of the fp32 masters and their EMA: what everybody
-                                        else reads (evaluation, export), whatever the world size or ZeRO stage
-    run_state.json                      step, tokens, configuration, tokenizer fingerprint, world size
-    manifest.json                       size and sha256 of every file above; written last
+    weights-00000-of-00002.safetensors    each rank's fragments of the fp32 masters and their EMA: all that evaluation
+                                          and export read
+    optimizer-00000-of-00002.safetensors  the same fragments of the optimizer's state: what a resume reads as well
+    run_state.json                        step, tokens, configuration, tokenizer fingerprint, world size
+    manifest.json                         size and sha256 of every file above; written last
+
+Nothing here depends on the world size, the ZeRO stage or the precision, and nothing is a pickle.
 """
 
 import json
@@ -24,12 +27,16 @@ from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 
-LATEST, MANIFEST, RUN_STATE, DEEPSPEED = "latest", "manifest.json", "run_state.json", "deepspeed"
+LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that were finished, oldest first. A staging folder is none."""
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damage(path: Path, wanted: dict[str, Any]) -> str | None:

@@ -152,7 +152,16 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPU, fp32 on CPU")
     seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=3, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1, description="the newest; the best on validation is kept beside them")
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="so many steps in a row with a non-finite loss or gradient, and the run ends"
+    )
+    loss_spike: Literal["ignore", "warn", "rollback"] = Field(
+        default="warn", description="rollback: to the checkpoint before it, and on with the batches that come after"
+    )
+    hang_timeout: float | None = Field(
+        default=3600, gt=0, description="seconds without a finished step, evaluation or save until a rank ends itself"
+    )
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
@@ -226,6 +235,8 @@ class Config(Section):
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
                 f"diffusion.block_size {block}"
             )
+        if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
+            raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
         for key in ("zero_optimization", "bf16", "fp16"):
             if not isinstance(self.deepspeed.get(key, {}), dict):
                 raise ValueError(f"deepspeed.{key} must be an object, found {self.deepspeed[key]!r}")

@@ -84,12 +84,30 @@ def one_rank(lab, runs) -> Path:
 
 
 @pytest.fixture(scope="module")
+def elastic(lab, runs) -> dict:
+    """Stopped and called again with other ranks, ZeRO stages and micro-batches: 2 -> 1 -> 2 ranks, 1 -> 3 -> 2 -> 0."""
+    folder, texts = runs / "elastic", []
+    lab.pretrain(runs / "no_dropout", "model.dropout=0.0", ranks=1)
+    for ranks, stage, micro_batch in ((2, 1, 4), (1, 3, 4), (2, 2, 2), (2, 3, 4)):
+        folder.mkdir(exist_ok=True)
+        (folder / "STOP").touch()  # seen after one more step
+        texts.append(lab.pretrain(folder, *elastic_settings(stage, micro_batch), ranks=ranks, expect=75)[0].text)
+    texts.append(lab.pretrain(folder, *elastic_settings(0, 8), ranks=1)[0].text)
+    return {"folder": folder, "texts": texts, "undisturbed": runs / "no_dropout"}
+
+
+def elastic_settings(stage: int, micro_batch: int) -> tuple[str, ...]:
+    """Without dropout, which is drawn for a micro-batch, not for a row."""
+    return (f"deepspeed.zero_optimization.stage={stage}", f"training.micro_batch={micro_batch}", "model.dropout=0.0")
+
+
+@pytest.fixture(scope="module")
 def damaged(lab, runs, whole) -> dict:
     """A run whose newest checkpoint has a flipped bit and the one before lost its end, asked to stop at once."""
     folder = runs / "damaged"
     shutil.copytree(whole, folder)
     flip_a_bit(folder / "checkpoints" / "step-00000012" / "weights-00001-of-00002.safetensors")
-    torn = folder / "checkpoints" / "step-00000008" / "deepspeed" / "mp_rank_00_model_states.pt"
+    torn = folder / "checkpoints" / "step-00000008" / "optimizer-00000-of-00002.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
     leftover = folder / "checkpoints" / ".staging-step-00000012"  # what a kill in the middle of a save leaves
     leftover.mkdir()
@@ -105,21 +123,28 @@ def damaged(lab, runs, whole) -> dict:
 
 
 def die_in_save(arguments: list[str], place: str) -> None:
-    """pretrain.py, killed while it saves step 8: before the folder gets its name, or before `latest` points to it."""
+    """pretrain.py, killed while it saves step 8: in the middle of a file, before the folder gets its name, or before
+    `latest` points to it."""
     from vmd_scale.training import checkpoint
 
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as all other runs
-    save = checkpoint.Checkpointer.save
+    begin = checkpoint.Checkpointer.begin
 
-    def doomed_save(self, step, state):
+    def doomed(self, step, *arguments):
         if step == 8:
+            self.finish()
             owner = checkpoint.os if place == "rename" else checkpoint
-            setattr(owner, place, lambda *_: os._exit(9))
-        return save(self, step, state)
+            setattr(owner, place, half_of_a_file if place == "save_file" else lambda *_: os._exit(9))
+        return begin(self, step, *arguments)
 
-    checkpoint.Checkpointer.save = doomed_save
+    checkpoint.Checkpointer.begin = doomed
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def half_of_a_file(tensors, path, metadata):
+    path.write_bytes(b"half of it")
+    os._exit(9)
 
 
 def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
@@ -130,9 +155,12 @@ def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
         time.sleep(0.02)
 
 
+UNIMPORTANT = ("log.txt", "latest", ".lock")
+
+
 def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Sizes and times of change of a run's files, the log and the pointer apart."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", "latest"))
+    """Sizes and times of change of a run's files, but for the log, the pointer and the lock."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in UNIMPORTANT)
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
@@ -200,15 +228,38 @@ def test_one_rank_sees_the_same_rows_noise_and_dropout_as_two(lab, whole, one_ra
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
 
 
+def test_a_run_goes_on_with_other_ranks_stages_and_micro_batches(lab, elastic):
+    whole = elastic["undisturbed"]
+    assert [record["step"] for record in lab.metrics(elastic["folder"])] == list(range(1, LAST + 1))
+    np.testing.assert_allclose(lab.losses(elastic["folder"]), lab.losses(whole), rtol=1e-5)
+    for kind in ("ema", "raw"):
+        found, wanted = (load_weights(find_checkpoint(folder), kind) for folder in (elastic["folder"], whole))
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
+
+
+def test_what_has_changed_is_said(elastic):
+    said = [re.findall(r"resumed from .* at step (\d) \((.*)\)", text) for text in elastic["texts"]]
+    assert said == [
+        [],
+        [("1", "world_size 2 -> 1, zero_stage 1 -> 3")],
+        [("2", "world_size 1 -> 2, zero_stage 3 -> 2")],
+        [("3", "zero_stage 2 -> 3")],
+        [("4", "world_size 2 -> 1, zero_stage 3 -> 0")],
+    ]
+
+
 def test_latest_names_a_whole_checkpoint_and_old_ones_are_thrown_away(whole, evaluated):
-    for folder, kept in ((whole, [4, 8, 12]), (evaluated, [12])):
+    """`evaluated` keeps one, and the best: both its evaluations were better than what was before."""
+    for folder, kept, others in ((whole, [4, 8, 12], {"latest"}), (evaluated, [10, 12], {"latest", "best"})):
         names = [path.name for path in whole_checkpoints(folder / "checkpoints")]
         assert names == [f"step-{step:08d}" for step in kept]
         assert (folder / "checkpoints" / "latest").read_text().strip() == names[-1]
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == {*names, "latest"}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {*names, *others}
+    assert (evaluated / "checkpoints" / "best").read_text() == "step-00000010\n"
 
 
-@pytest.mark.parametrize(("place", "newest"), [("rename", 4), ("write_atomically", 8)])
+@pytest.mark.parametrize(("place", "newest"), [("save_file", 4), ("rename", 4), ("write_atomically", 8)])
 def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest):
     folder = runs / f"dies-in-{place}"
     with pytest.raises(RuntimeError, match="died without a word"):
@@ -223,7 +274,7 @@ def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_
 
 def test_damaged_checkpoints_are_named_and_passed_over(damaged):
     assert "step-00000012 is damaged (weights-00001-of-00002.safetensors was altered" in damaged["text"]
-    assert "step-00000008 is damaged (mp_rank_00_model_states.pt has" in damaged["text"]
+    assert "step-00000008 is damaged (optimizer-00000-of-00002.safetensors has" in damaged["text"]
     assert "step-00000004 at step 4" in damaged["text"]
 
 
@@ -242,9 +293,9 @@ def test_after_damage_the_run_is_made_again_bit_for_bit(lab, whole, damaged):
     ("settings", "message"),
     [
         (["model.width=64"], "model.width is 64, but .*step-00000012 was trained with 32; choose another --output"),
-        ([], "step-00000012 was written with world_size 2, this run has 1; start it as before"),
+        (["training.seed=3"], "training.seed is 3, but .*step-00000012 was trained with 0"),
     ],
-    ids=["width", "world-size"],
+    ids=["width", "seed"],
 )
 def test_what_cannot_be_resumed_is_refused_in_one_line(lab, runs, whole, settings, message):
     before = files_of(whole)

@@ -31,11 +31,17 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def agree(self, mine: bool) -> bool:
-        """True on every rank if it is true on any."""
-        flag = torch.tensor(int(mine))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.host_group)
-        return bool(flag)
+    def any(self, *mine: bool) -> list[bool]:
+        """For each question: true on every rank if it is true on any. One small collective."""
+        flags = torch.tensor(mine, dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group)
+        return flags.bool().tolist()
+
+    def first_problem(self, mine: str | None) -> str | None:
+        """What went wrong on the lowest rank on which something did; the same answer on every rank."""
+        problems: list[str | None] = [None] * self.size
+        dist.all_gather_object(problems, mine, group=self.host_group)
+        return next((p for p in problems if p is not None), None)
 
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
@@ -101,11 +107,12 @@ def _environment() -> dict[str, str]:
     if _under_srun():
         return {
             "RANK": os.environ["SLURM_PROCID"],
-            "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+            # A task that was given one GPU of its own sees it as number 0.
+            "LOCAL_RANK": "0" if torch.cuda.device_count() == 1 else os.environ["SLURM_LOCALID"],
             "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
             "LOCAL_WORLD_SIZE": os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
             "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
-            "MASTER_PORT": str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+            "MASTER_PORT": str(step_port(int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0)))),
         }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -117,6 +124,15 @@ def _environment() -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def step_port(job: int, step: int) -> int:
+    """The same on all ranks without asking, another for each job and step that may share a node.
+
+    Elements of a job array have job numbers of their own. Below 32768, where Linux takes ports for outgoing
+    connections from.
+    """
+    return 12000 + (31 * job + step) % 20000
 
 
 def first_host(nodelist: str) -> str:

@@ -1,10 +1,12 @@
 """The training loop: next batch, loss, backward, step, EMA, log, maybe evaluate, maybe save."""
 
 import logging
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -14,6 +16,7 @@ from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.objective import TrainingInputs
+from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
 from vmd_scale.planning import denoiser_passes, masked_share, peak_flops, training_flops_per_token
@@ -21,12 +24,15 @@ from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
+from vmd_scale.training.faults import SpikeDetector, Watchdog
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
+from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.zero import ShardedMaster
 
+MAX_ROLLBACKS = 5
 log = logging.getLogger(__name__)
 
 
@@ -39,14 +45,16 @@ class Trainer:
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.objective = build_objective(config, tokenizer.vocab_size)
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
         self.reader = ShardReader(config.data.shards, "train")
+        self.order = SampleOrder(self.reader.rows, training.seed)
         self.loader = TrainLoader(
             self.reader,
-            SampleOrder(self.reader.rows, training.seed),
+            self.order,
             training.global_batch,
             training.micro_batch,
             world.rank,
@@ -54,11 +62,16 @@ class Trainer:
             self._prepare,
         )
         self.checkpoints = Checkpointer(
-            run_folder / "checkpoints", world, self.engine, self.master, self.ema, training.keep_checkpoints
+            run_folder / "checkpoints", world, self.master, self.ema, training.keep_checkpoints
         )
         self.stop = StopRequest(run_folder)
+        self.watchdog = Watchdog(training.hang_timeout)
+        self.spikes = SpikeDetector()
         self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
-        self.skipped_steps = 0
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
+        self.best_bound = math.inf  # nats per token, on validation
+        self.rollbacks, self.stopped = 0, False
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = training_flops_per_token(a, masked_share(config), denoiser_passes(config))
         self.peak_flops = peak_flops(world.device)
@@ -69,39 +82,124 @@ class Trainer:
         if found is None:
             return 0
         check_same_run(self.config, self.fingerprint, found)
-        state = self.checkpoints.load(found)
+        return self._restore(found)
+
+    def _restore(self, checkpoint: Path) -> int:
+        state = self.checkpoints.load(checkpoint)
+        now = {"world_size": self.world.size, "zero_stage": self.config.zero_stage, "precision": self.precision}
+        changed = [f"{key} {state[key]} -> {value}" for key, value in now.items() if state[key] != value]
         self.tokens.fill_(state["tokens"])
         self.skipped_steps = state["skipped_steps"]
-        log.info("resumed from %s at step %d", found, state["step"])
+        self.skipped_batches = state["skipped_batches"]
+        self.best_bound = state["best_bound"]
+        self.spikes = SpikeDetector(state["losses"])
+        how = f" ({', '.join(changed)})" if changed else ""
+        log.info("resumed from %s at step %d%s", checkpoint, state["step"], how)
         return state["step"]
 
     def train(self, first_step: int) -> int:
-        """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request."""
-        config, training = self.config, self.config.training
-        telemetry = Telemetry(self.run_folder, config, self.world.is_main, first_step)
+        """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request.
+
+        Raises:
+            RunFailed: too many steps in a row without a finite gradient; the last checkpoint cannot be written.
+        """
+        telemetry = Telemetry(self.run_folder, self.config, self.world.is_main, first_step)
         self.watch, self.waited = Stopwatch(), self.loader.wait_seconds
         self.step_at_log, self.tokens_at_log = first_step, int(self.tokens)
+        self.record("running", first_step)
         self.engine.train()
-        for step, batches in enumerate(self.loader.steps(first_step, training.steps), start=first_step):
-            losses = self._step(step, batches)
-            done = step + 1
+        self.watchdog.progress()
+        if first_step:
+            telemetry.event("resumed", first_step, world_size=self.world.size)
+        done = first_step
+        try:
+            while done < self.config.training.steps and not self.stopped:
+                done = self._train_until_interrupted(done, telemetry)
+            if not self.checkpoints.finish():
+                raise RunFailed(f"the last checkpoint, of step {done}, could not be written; see the log")
+        except RunFailed as error:
+            self.checkpoints.finish()  # what was being written is as good as ever
+            self.record("failed", done, str(error))
+            raise
+        finally:
+            self.watchdog.close()
+            telemetry.close()
+        if not self.stopped:
+            self.record("finished", done)
+            return 0
+        self.record("stopped", done, self.stop.reason())
+        self.stop.obeyed()
+        log.warning("stop requested: checkpoint of step %d written, exit code %d", done, STOPPED_EXIT_CODE)
+        return STOPPED_EXIT_CODE
+
+    def record(self, state: State, step: int, reason: str = "") -> None:
+        """For whoever looks at the run folder when these processes are gone."""
+        if self.world.is_main:
+            write_status(self.run_folder, state, step, reason)
+
+    def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
+        """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
+        config, training, shift = self.config, self.config.training, self.skipped_batches
+        for batches in self.loader.steps(done + shift, training.steps + shift):
+            losses = self._step(done, batches, telemetry)
+            done += 1
             telemetry.step()
             if done % config.telemetry.log_every == 0 or done == training.steps:
-                telemetry.log(self._metrics(done, losses))
+                record = self._metrics(done, losses)
+                telemetry.log(record)
+                if self._is_spike(record, telemetry) and training.loss_spike == "rollback":
+                    return self._roll_back(done, telemetry)
+            is_best = False
             if config.evaluation.every and done % config.evaluation.every == 0:
                 with self.watch.paused():
-                    self._evaluate(done, telemetry)
-            stopping = self.world.agree(self.stop.seen())
-            if stopping or done % training.checkpoint_every == 0 or done == training.steps:
+                    is_best = self._evaluate(done, telemetry)
+            stopping, writing = self.world.any(self.stop.seen(), self.checkpoints.writing)
+            if self.checkpoints.pending and not writing and not self.checkpoints.publish():
+                telemetry.event("checkpoint failed", done)
+            if stopping or is_best or done % training.checkpoint_every == 0 or done == training.steps:
                 with self.watch.paused():
-                    self._save(done)
+                    self._save(done, is_best)
+            self.watchdog.progress()
             if stopping and done < training.steps:
-                self.stop.obeyed()
-                log.warning("stop requested: checkpoint of step %d written, exit code %d", done, STOPPED_EXIT_CODE)
-                telemetry.close()
-                return STOPPED_EXIT_CODE
-        telemetry.close()
-        return 0
+                self.stopped = True
+                telemetry.event("stopped", done)
+                return done
+        return done
+
+    def _is_spike(self, record: dict[str, Any], telemetry: Telemetry) -> bool:
+        if self.config.training.loss_spike == "ignore" or not self.spikes.is_spike(record["loss"]):
+            return False
+        log.warning("step %d: the loss, %.4f, is far above those before it", record["step"], record["loss"])
+        telemetry.event("spike", record["step"], loss=record["loss"])
+        return True
+
+    def _roll_back(self, done: int, telemetry: Telemetry) -> int:
+        """To the newest checkpoint from before the spike could have begun, leaving out the batches since then."""
+        self.checkpoints.finish()
+        found = self.checkpoints.go_back(done - self.config.telemetry.log_every)
+        if found is None:
+            log.warning("there is no checkpoint from before the spike: going on")
+            return done
+        self.rollbacks += 1
+        if self.rollbacks > MAX_ROLLBACKS:
+            raise RunFailed(
+                f"step {done}: the loss rose far above those before it again, after {MAX_ROLLBACKS} roll-backs"
+            )
+        rows, shift = self.config.training.global_batch, self.skipped_batches
+        step = self._restore(found)
+        self.skipped_batches = shift + done - step
+        first = (step + shift) * rows
+        log.warning(
+            "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
+            step,
+            first,
+            (done + shift) * rows - 1,
+        )
+        telemetry.went_back_to(step)
+        telemetry.event("rolled back", step, rolled_back_from=done)
+        self.step_at_log, self.tokens_at_log = step, int(self.tokens)
+        self.engine.train()
+        return step
 
     def _prepare(self, step: int, batch: Batch) -> TrainingInputs:
         """In the loader's thread: everything random about a micro-batch is decided here, on the host."""
@@ -113,7 +211,7 @@ class Trainer:
         )
         return inputs.to(self.world.device)
 
-    def _step(self, step: int, batches: list[TrainingInputs]) -> torch.Tensor:
+    def _step(self, step: int, batches: list[TrainingInputs], telemetry: Telemetry) -> torch.Tensor:
         """One optimizer step. Returns this rank's sums [total, reconstruction, KL, tokens], float64, on the device."""
         config, engine = self.config, self.engine
         for group in engine.optimizer.param_groups:
@@ -131,12 +229,26 @@ class Trainer:
             self.master.before_step()
             engine.step()
             sums += torch.stack((loss.total.detach(), loss.reconstruction, loss.kl, loss.tokens)).double()
-        skipped = engine.skipped_steps - self.skipped_steps
+        skipped = engine.skipped_steps > self.skipped_steps
         self.skipped_steps = engine.skipped_steps
-        if self.ema is not None and not skipped:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._report_skipped(step, telemetry)
+        elif self.ema is not None:
             self.ema.update()
         self.tokens += counted
         return sums
+
+    def _report_skipped(self, step: int, telemetry: Telemetry) -> None:
+        rows, limit = self.config.training.global_batch, self.config.training.max_skipped_steps
+        batch = step + self.skipped_batches
+        numbers = self.order.row_numbers(np.arange(batch * rows, (batch + 1) * rows, dtype=np.int64)).tolist()
+        log.warning("step %d skipped: its gradient is not finite; rows of the batch: %s", step + 1, numbers)
+        telemetry.event("skipped", step + 1, rows=numbers)
+        if self.skipped_in_a_row >= limit:
+            raise RunFailed(
+                f"{limit} steps in a row, up to step {step + 1}, had no finite gradient; the log names their rows"
+            )
 
     def _count_tokens(self, batches: list[TrainingInputs]) -> torch.Tensor:
         """Counted positions of the global batch, int64 on the device."""
@@ -171,8 +283,11 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
         }
 
-    def _evaluate(self, done: int, telemetry: Telemetry) -> None:
-        """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run."""
+    def _evaluate(self, done: int, telemetry: Telemetry) -> bool:
+        """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run.
+
+        Returns whether the lowest of them is lower than ever before.
+        """
         evaluation = self.config.evaluation
         self.engine.eval()
         reader = ShardReader(self.config.data.shards, "validation")
@@ -199,11 +314,17 @@ class Trainer:
         best = min(results, key=lambda r: r.nats_per_token)
         log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
         self.engine.train()
+        is_best = best.nats_per_token < self.best_bound
+        self.best_bound = min(self.best_bound, best.nats_per_token)
+        return is_best
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, is_best: bool) -> None:
         state = {
             "tokens": int(self.tokens),
             "skipped_steps": self.skipped_steps,
+            "skipped_batches": self.skipped_batches,
+            "best_bound": self.best_bound,
+            "losses": self.spikes.state(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,
@@ -211,4 +332,4 @@ class Trainer:
             "zero_stage": self.config.zero_stage,
             "precision": self.precision,
         }
-        self.checkpoints.save(done, state)
+        self.checkpoints.begin(done, state, is_best)

@@ -1,16 +1,26 @@
-"""Stop requests: SIGTERM, SIGUSR1 or a file named STOP in the run folder. A flag, acted on between steps."""
+"""Stop requests: SIGTERM, SIGUSR1, a file named STOP in the run folder, or the end of a batch job's time.
 
+A flag, acted on between steps.
+"""
+
+import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
+from vmd_scale.errors import UserError
+
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: checkpoint written, call again to go on
+STOP_AT = "VMD_STOP_AT"  # environment: unix time; should the signal before the time limit be lost, this is not
+BY_FILE, BY_TIME, BY_SIGNAL = "STOP file", "time", "signal"
 
 
 class StopRequest:
     def __init__(self, run_folder: Path) -> None:
         self._file = run_folder / "STOP"
         self._signalled = False
+        self._deadline = _deadline()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -19,8 +29,22 @@ class StopRequest:
 
     def seen(self) -> bool:
         """This rank's view; the ranks must agree before any of them acts."""
-        return self._signalled or self._file.exists()
+        return self._signalled or time.time() >= self._deadline or self._file.exists()
+
+    def reason(self) -> str:
+        """What this rank knows of the cause; a signal may have reached another one only."""
+        if self._file.exists():
+            return BY_FILE
+        return BY_TIME if time.time() >= self._deadline and not self._signalled else BY_SIGNAL
 
     def obeyed(self) -> None:
         """The checkpoint is written: the file has done its work, and must not stop the run when called again."""
         self._file.unlink(missing_ok=True)
+
+
+def _deadline() -> float:
+    value = os.environ.get(STOP_AT, "inf")
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"environment: {STOP_AT} must be a unix time, found {value!r}") from None

@@ -1,6 +1,7 @@
 """Everything before the first step: what can be wrong is found here, on all ranks alike, before memory is taken."""
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
 from vmd_scale.training.launch import World, world_size_from_environment
+from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
+from vmd_scale.training.preflight import check_disk, check_ranks
 
 PREPARATION_TIMEOUT = timedelta(days=7)
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
     dist.broadcast_object_list(problem, src=0, group=group)
     if problem[0] is not None:
         raise UserError(problem[0])
+    check_ranks(config, world)
     check_compatible(read_manifest(config.data.shards), config.data, tokenizer)
     _verify_together(config, world, group)
     dist.destroy_process_group(group)
@@ -86,14 +90,39 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
-    """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code."""
-    trainer = Trainer(config, run_folder, world, tokenizer)
-    first = trainer.resume()
+    """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code.
+
+    Raises:
+        UserError: another run holds the folder; no room for a checkpoint; a checkpoint that is not of this run.
+        RunFailed: see `Trainer.train`.
+    """
+    lock = RunLock(run_folder)
+    try:
+        _on_main(world, lock.acquire)
+        trainer = Trainer(config, run_folder, world, tokenizer)
+        _on_main(world, lambda: check_disk(run_folder, trainer.parameters, config.training.keep_checkpoints))
+        first = trainer.resume()
+        if world.is_main:
+            write_atomically(run_folder / "config.json", config.to_json())
+        if first >= config.training.steps:
+            log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
+            trainer.record("finished", first)
+            return 0
+        code = trainer.train(first)
+        world.barrier()
+        return code
+    finally:
+        lock.release()
+
+
+def _on_main(world: World, check: Callable[[], None]) -> None:
+    """Do something on rank 0 that may end in a `UserError`; then it does on all."""
+    problem: str | None = None
     if world.is_main:
-        write_atomically(run_folder / "config.json", config.to_json())
-    if first >= config.training.steps:
-        log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
-        return 0
-    code = trainer.train(first)
-    world.barrier()
-    return code
+        try:
+            check()
+        except UserError as error:
+            problem = str(error)
+    problem = world.first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)

@@ -16,7 +16,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vmd_scale.config import Config
 from vmd_scale.files import write_atomically
 
-METRICS, EVALUATIONS, LATENT, LOG = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "log.txt"
+METRICS, EVALUATIONS, LATENT, EVENTS = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "events.jsonl"
+LOG = "log.txt"
 log = logging.getLogger(__name__)
 
 
@@ -85,6 +86,19 @@ class Telemetry:
                 by_ratio = {f"latent/kl, mask ratio {r}": kl for r, kl in record["kl_by_mask_ratio"].items()}
                 self._wandb.log(by_ratio | {"latent/active_units": record["active_units"]}, step=record["step"])
 
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Something that a curve does not show (resumed, skipped, rolled back, ...), in ``events.jsonl``."""
+        if self._is_main:
+            self._append(EVENTS, {"event": kind, "step": step, "time": round(time.time(), 3), **details})
+
+    def went_back_to(self, step: int) -> None:
+        """What was recorded after `step` is forgotten: these steps are made again."""
+        if self._is_main:
+            for name in (METRICS, EVALUATIONS, LATENT):
+                drop_records_after(self._folder / name, step)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
     def close(self) -> None:
         if self._bar is not None:
             self._redirect.__exit__(None, None, None)
@@ -93,8 +107,11 @@ class Telemetry:
             self._wandb.finish()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self._folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk costs records, not the run
+            log.error("%s: a record of step %s is lost: %s", name, record["step"], error)
 
 
 def drop_records_after(path: Path, step: int) -> None:

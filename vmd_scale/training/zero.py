@@ -4,7 +4,7 @@ Written against DeepSpeed 0.19. Every private attribute is read through `_get`, 
 another version has moved it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,13 @@ class Fragment:
 
 
 class ShardedMaster:
-    """This rank's share of the fp32 master weights, whatever the ZeRO stage.
+    """This rank's share of the fp32 master weights and of the optimizer's state, whatever the ZeRO stage.
 
     Attributes:
         partitions: flat fp32 tensors that the optimizer updates in place.
-        fragments: what each stretch of them belongs to. Over all ranks, they cover each parameter exactly once
-            (in stage 0, where every rank holds everything, only rank 0 lists them).
+        fragments: what each stretch of them belongs to. Over all ranks, they cover each parameter exactly once; in
+            stage 0 every rank holds, and lists, everything.
+        is_replicated: stage 0.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -39,9 +40,11 @@ class ShardedMaster:
         self._stage = int(engine.zero_optimization_stage())
         self._norm: Tensor | None = None
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
+        self.is_replicated = self._stage == 0
         if self._stage == 0:
             self.partitions = [p.data.view(-1) for p in engine.module.parameters()]
-            self.fragments = list(self._replicated()) if engine.global_rank == 0 else []
+            self.fragments = list(self._replicated())
+            self._guard(self._optimizer)
         elif self._stage == 3:
             self.partitions = _get(self._optimizer, "fp32_partitioned_groups_flat")
             self.fragments = list(self._stage3())
@@ -64,11 +67,56 @@ class ShardedMaster:
             if persistent:  # small parameters stay whole on every rank
                 persistent[0].all_gather(persistent)
 
+    def optimizer_state(self) -> dict[str, list[Tensor]]:
+        """The optimizer's tensors (exp_avg, ...) by name, laid out like `partitions`; empty before the first update."""
+        states = [self._inner.state.get(owner, {}) for owner in self._owners()]
+        tensors = (
+            {n for n, value in states[0].items() if isinstance(value, Tensor) and value.dim()} if states else set()
+        )
+        return {name: [state[name].view(-1) for state in states] for name in sorted(tensors)}
+
+    def optimizer_updates(self) -> int:
+        """Updates that the optimizer counts, which its bias correction depends on."""
+        return max((int(self._inner.state.get(owner, {}).get("step", 0)) for owner in self._owners()), default=0)
+
+    def start_optimizer_state(self, names: Iterable[str], updates: int) -> dict[str, list[Tensor]]:
+        """Zeros in place of what the optimizer would make at its first update, to be filled by a resume."""
+        fused = bool(self._inner.defaults.get("fused"))
+        for owner in self._owners():
+            step = torch.tensor(float(updates), device=owner.device if fused else "cpu")
+            self._inner.state[owner] = {"step": step, **{name: torch.zeros_like(owner) for name in names}}
+        return self.optimizer_state()
+
+    def resumed_at(self, step: int, skipped: int) -> None:
+        """Tell DeepSpeed how many steps were made; it counts them for its own reports."""
+        self._engine.global_steps, self._engine.skipped_steps = step, skipped
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        return self._optimizer if self._stage == 0 else _get(self._optimizer, "optimizer")
+
+    def _owners(self) -> list[Tensor]:
+        """What the optimizer's state is keyed by."""
+        return list(self._engine.module.parameters()) if self._stage == 0 else list(self.partitions)
+
     def before_step(self) -> None:
-        """Call before ``engine.step()``: stage 0 keeps no gradient norm, and the gradients are gone afterwards."""
+        """Call before ``engine.step()``: stage 0 keeps no gradient norm, and would apply one that is not finite."""
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+            parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            self._engine.skipped_steps += not self._is_finite()
+
+    def _is_finite(self) -> bool:
+        """Of the gradient, in stage 0: the same on all ranks, since gradients are reduced before."""
+        return self._norm is None or bool(torch.isfinite(self._norm))
+
+    def _guard(self, optimizer: torch.optim.Optimizer) -> None:
+        step = optimizer.step
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            return step(*arguments, **options) if self._is_finite() else None
+
+        optimizer.step = guarded  # type: ignore[method-assign]
 
     def gradient_norm(self) -> float | None:
         """Global norm before clipping of the last step. Waits for the device."""

@@ -1,0 +1,198 @@
+"""What breaks in a run costs at most what it must: steps without a finite gradient, spikes, full disks, hanging ranks.
+
+Each run is a real one of one or two ranks, in which one thing was made to fail.
+"""
+
+import errno
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_in_processes
+
+from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.training.lock import RunLock
+
+LAST = 12
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def whole(lab, runs) -> Path:
+    assert launch(lab, runs / "whole", "nothing") == [0]
+    return runs / "whole"
+
+
+def launch(lab, folder: Path, fault: str, *settings: str, ranks: int = 1) -> list[int]:
+    """Exit codes of a pretrain.py in which `fault` happens."""
+    return run_in_processes(pretrain_with, ranks, lab.pretrain_arguments(folder, *settings), fault)
+
+
+def pretrain_with(arguments: list[str], fault: str) -> int:
+    os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as all other runs
+    FAULTS[fault]()
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def nothing() -> None:
+    pass
+
+
+def bad_batches(*bad: int):
+    """In steps bad + 1, one row's noise is not a number, on one rank."""
+
+    def make() -> None:
+        from vmd_scale.training import loop
+
+        prepare = loop.Trainer._prepare
+
+        def poisoned(self, step, batch):
+            inputs = prepare(self, step, batch)
+            if step in bad and 3 in batch.positions:
+                inputs.epsilon[0] = math.nan
+            return inputs
+
+        loop.Trainer._prepare = poisoned
+
+    return make
+
+
+def spike() -> None:
+    """Batch 19 is one that the loss does not survive; the detector sees 16 steps before it."""
+    from vmd_scale.training import loop
+
+    metrics = loop.Trainer._metrics
+
+    def risen(self, done, losses):
+        record = metrics(self, done, losses)
+        bad = done - 1 + self.skipped_batches == 19
+        return record | {"loss": 100.0} if bad else record
+
+    loop.Trainer._metrics = risen
+
+
+def full_disk() -> None:
+    """While step 8 is saved, the last rank's disk is full."""
+    from vmd_scale.training import checkpoint
+
+    save_file = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if "step-00000008" in str(path) and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path, metadata=metadata)
+
+    checkpoint.save_file = full
+
+
+FAULTS = {
+    "nothing": nothing,
+    "two bad batches": bad_batches(2, 3),
+    "bad batches without end": bad_batches(*range(4, 100)),
+    "spike": spike,
+    "full disk": full_disk,
+}
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == kind]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_without_a_finite_gradient_is_left_out_and_its_rows_are_named(lab, runs, whole, stage):
+    folder = runs / f"bad-{stage}"
+    codes = launch(lab, folder, "two bad batches", f"deepspeed.zero_optimization.stage={stage}", ranks=2)
+    assert codes == [0, 0]
+    assert [(event["step"], len(event["rows"])) for event in events(folder, "skipped")] == [(3, 8), (4, 8)]
+    records = lab.metrics(folder)
+    assert [record["skipped_steps"] for record in records] == [0, 0, 1, *[2] * 9]
+    assert math.isnan(records[2]["loss"])
+    assert all(math.isfinite(record["loss"]) for record in records[4:])
+    assert "step 3 skipped: its gradient is not finite; rows of the batch: [" in (folder / "log.txt").read_text()
+    assert [r["loss"] for r in records[:2]] == pytest.approx([r["loss"] for r in lab.metrics(whole)[:2]], rel=1e-5)
+    for weights in load_weights(find_checkpoint(folder), "ema").values():
+        assert torch.isfinite(weights).all()
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_what_was_saved(lab, runs):
+    folder = runs / "endless"
+    assert launch(lab, folder, "bad batches without end", "training.max_skipped_steps=3", ranks=2) == [1, 1]
+    assert find_checkpoint(folder).name == "step-00000004"
+    assert len(events(folder, "skipped")) == 3
+
+
+def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
+    folder = runs / "spike"
+    assert launch(lab, folder, "spike", "training.loss_spike=rollback", "training.steps=24") == [0]
+    assert [event["step"] for event in events(folder, "spike")] == [20]
+    assert [(event["step"], event["rolled_back_from"]) for event in events(folder, "rolled back")] == [(16, 20)]
+    records = lab.metrics(folder)
+    assert [record["step"] for record in records] == list(range(1, 25))
+    assert max(record["loss"] for record in records) < 10
+    state = json.loads((find_checkpoint(folder) / "run_state.json").read_text())
+    assert state["skipped_batches"] == 4
+    text = (folder / "log.txt").read_text()
+    assert "rolled back to step 16; the rows at positions 128 to 159 of the sample order are left out" in text
+
+
+def test_a_spike_is_only_said_when_nothing_else_is_asked(lab, runs):
+    folder = runs / "warned"
+    assert launch(lab, folder, "spike", "training.steps=20") == [0]
+    assert [event["step"] for event in events(folder, "spike")] == [20]
+    assert not events(folder, "rolled back")
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs, whole):
+    folder = runs / "full"
+    assert launch(lab, folder, "full disk", ranks=2) == [0, 0]
+    assert [path.name for path in whole_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000012"]
+    assert not list((folder / "checkpoints").glob(".staging-*"))
+    text = (folder / "log.txt").read_text()
+    assert "CHECKPOINT OF STEP 8 NOT WRITTEN (rank 1: OSError: [Errno 28] No space left on device)" in text
+    assert "training goes on; the newest is step-00000004" in text
+
+
+def test_a_folder_in_use_is_refused(lab, runs, whole):
+    lock = RunLock(whole)
+    lock.acquire()
+    try:
+        (finished,) = lab.pretrain(whole, "training.steps=20", ranks=1, expect=2)
+    finally:
+        lock.release()
+    (line,) = finished.errors
+    assert f"is in use by process {os.getpid()} on" in line
+
+
+def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):
+    settings = ("training.hang_timeout=6", "training.steps=100000", "training.checkpoint_every=100000")
+    run = lab.start(runs / "hangs", *settings)
+    metrics = runs / "hangs" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        assert run.processes[0].wait(timeout=60) == 1
+    finally:
+        run.signal(signal.SIGKILL)
+    text = run.logs[0].read_text()
+    assert "Timeout" in text
+    assert "vmd_scale/training/loop.py" in text

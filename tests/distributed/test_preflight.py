@@ -1,0 +1,64 @@
+"""Ranks that do not mean the same run, or cannot add, are found before the first step; on every rank alike."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_in_processes
+
+from vmd_scale.config import load_config
+from vmd_scale.errors import UserError
+from vmd_scale.training import preflight
+
+
+def check(config_path: object, fault: str) -> str | None:
+    from vmd_scale.training.launch import join_world, leave_world
+
+    world = join_world()
+    on_last = os.environ["RANK"] == "1"
+    config = load_config(config_path, ["training.learning_rate=1e-3"] if fault == "config" and on_last else [])
+    if fault == "torch" and on_last:
+        torch.__version__ = "0.1"
+    if fault == "sum" and on_last:
+        all_reduce = dist.all_reduce
+
+        def broken(tensor, *arguments, **options):
+            all_reduce(tensor, *arguments, **options)
+            tensor[7] += 1
+
+        preflight.dist.all_reduce = broken
+    try:
+        preflight.check_ranks(config, world)
+    except UserError as error:
+        return str(error)
+    finally:
+        leave_world()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", None),
+        ("config", "the configuration differs between ranks: "),
+        ("torch", "the version of torch differs between ranks: "),
+        ("sum", "rank 1: an all-reduce gave "),
+    ],
+)
+def test_all_ranks_hear_what_differs_on_one(lab, fault, words):
+    answers = run_in_processes(check, 2, lab.config, fault)
+    assert answers[0] == answers[1]
+    assert answers[0] is None if words is None else words in answers[0]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage._replace(free=1600))
+    preflight.check_disk(tmp_path, parameters=20, keep=3)
+    assert not caplog.records
+    preflight.check_disk(tmp_path, parameters=100, keep=3)
+    assert "3 checkpoints and one being written take" in caplog.text
+    with pytest.raises(UserError, match=r"GB are free, and one checkpoint takes"):
+        preflight.check_disk(tmp_path, parameters=101, keep=3)

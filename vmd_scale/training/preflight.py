@@ -1,0 +1,81 @@
+"""Before memory is taken: do all ranks mean the same run, can they talk to each other, is there room on the disk?"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vmd_scale.config import Config
+from vmd_scale.data.manifest import MANIFEST
+from vmd_scale.errors import UserError
+from vmd_scale.training.launch import World
+
+BYTES_PER_PARAMETER = 16  # of a checkpoint: master, EMA and two moments, fp32
+log = logging.getLogger(__name__)
+
+
+def check_ranks(config: Config, world: World) -> None:
+    """All ranks must have the same configuration, code, versions and data, and an all-reduce must give the sum.
+
+    Raises:
+        UserError: on every rank; names what differs, and where.
+    """
+    mine = facts(config)
+    everybody: list[Any] = [None] * world.size
+    dist.all_gather_object(everybody, mine, group=world.host_group)
+    for name, value in everybody[0].items():
+        for rank, facts_there in enumerate(everybody):
+            if facts_there[name] != value:
+                raise UserError(f"{name} differs between ranks: {value} on rank 0, {facts_there[name]} on rank {rank}")
+    found = torch.full((1024,), float(world.rank + 1), device=world.device)
+    dist.all_reduce(found)
+    wanted = world.size * (world.size + 1) / 2
+    got = f"rank {world.rank}: an all-reduce gave {float(found[0])} instead of {wanted}"
+    wrong = None if bool((found == wanted).all()) else got
+    wrong = world.first_problem(wrong)
+    if wrong is not None:
+        raise UserError(f"{wrong}: the ranks' network or their devices are at fault")
+
+
+def facts(config: Config) -> dict[str, str]:
+    """What must be the same on all ranks, by name."""
+    import deepspeed
+
+    code = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*.py")):
+        code.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    manifest = Path(config.data.shards) / MANIFEST
+    return {
+        "the configuration": _digest(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()),
+        "the code of vmd_scale": code.hexdigest()[:12],
+        "the version of torch": torch.__version__,
+        "the version of deepspeed": deepspeed.__version__,
+        f"the manifest in {config.data.shards}": _digest(manifest.read_bytes()),
+    }
+
+
+def check_disk(folder: Path, parameters: int, keep: int) -> None:
+    """Raises:
+    UserError: not even one checkpoint fits. (A warning, if it is fewer than will be kept.)
+    """
+    each, free = parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
+    if free < each:
+        raise UserError(f"{folder}: {free / 1e9:.2f} GB are free, and one checkpoint takes {each / 1e9:.2f} GB")
+    if free < each * (keep + 1):  # one is written before the oldest is thrown away
+        log.warning(
+            "%s: %.1f GB are free; %d checkpoints and one being written take %.1f GB",
+            folder,
+            free / 1e9,
+            keep,
+            each * (keep + 1) / 1e9,
+        )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
