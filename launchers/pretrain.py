@@ -12,12 +12,19 @@ a file named STOP appears in the run folder, it writes a checkpoint and exits wi
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import join_world, leave_world, rank_from_environment, world_size_from_environment
+from vmd_scale.training.launch import (
+    COLLECTIVE_TIMEOUT,
+    join_world,
+    leave_world,
+    rank_from_environment,
+    world_size_from_environment,
+)
 
 
 @reports_user_errors
@@ -74,7 +81,8 @@ def run(config: Config, output: Path, resume: str) -> int:
         raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
-    world = join_world()
+    hang = config.training.hang_timeout
+    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
     try:
         prepare_together(config, world, tokenizer)
         output.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,7 @@ def full_disk() -> None:
 FAULTS = {
     "nothing": nothing,
     "two bad batches": bad_batches(2, 3),
+    "a bad beginning": bad_batches(*range(4)),
     "bad batches without end": bad_batches(*range(4, 100)),
     "spike": spike,
     "full disk": full_disk,
@@ -127,8 +128,20 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_its_rows_are_named(lab
     assert all(math.isfinite(record["loss"]) for record in records[4:])
     assert "step 3 skipped: its gradient is not finite; rows of the batch: [" in (folder / "log.txt").read_text()
     assert [r["loss"] for r in records[:2]] == pytest.approx([r["loss"] for r in lab.metrics(whole)[:2]], rel=1e-5)
-    for weights in load_weights(find_checkpoint(folder), "ema").values():
-        assert torch.isfinite(weights).all()
+    state = json.loads((find_checkpoint(folder) / "run_state.json").read_text())
+    assert state["ema_updates"] == state["optimizer_updates"] == LAST - 2
+    for kind in ("raw", "ema"):
+        assert all(torch.isfinite(weights).all() for weights in load_weights(find_checkpoint(folder), kind).values())
+
+
+def test_a_run_resumes_from_a_checkpoint_before_its_first_update(lab, runs):
+    """All four steps up to the first checkpoint were skipped: there are no moments to load."""
+    folder = runs / "beginning"
+    folder.mkdir()
+    assert launch(lab, folder, "a bad beginning", "training.steps=4", "training.lr_schedule=constant") == [0]
+    assert launch(lab, folder, "nothing", "training.lr_schedule=constant") == [0]
+    state = json.loads((find_checkpoint(folder) / "run_state.json").read_text())
+    assert (state["step"], state["optimizer_updates"], state["ema_updates"]) == (LAST, LAST - 4, LAST - 4)
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_what_was_saved(lab, runs):

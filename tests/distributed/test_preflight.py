@@ -56,9 +56,10 @@ def test_all_ranks_hear_what_differs_on_one(lab, fault, words):
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage._replace(free=1600))
-    preflight.check_disk(tmp_path, parameters=20, keep=3)
+    preflight.check_disk(tmp_path, parameters=20, keep=3, with_ema=True)
     assert not caplog.records
-    preflight.check_disk(tmp_path, parameters=100, keep=3)
+    preflight.check_disk(tmp_path, parameters=100, keep=3, with_ema=True)
     assert "3 checkpoints and one being written take" in caplog.text
     with pytest.raises(UserError, match=r"GB are free, and one checkpoint takes"):
-        preflight.check_disk(tmp_path, parameters=101, keep=3)
+        preflight.check_disk(tmp_path, parameters=101, keep=3, with_ema=True)
+    preflight.check_disk(tmp_path, parameters=101, keep=1, with_ema=False)

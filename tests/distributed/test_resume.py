@@ -118,8 +118,16 @@ def damaged(lab, runs, whole) -> dict:
     latest = (folder / "checkpoints" / "latest").read_text().strip()
     newest = load_weights(find_checkpoint(folder), "raw")
     assert not (folder / "STOP").exists()  # obeyed once
+    status = json.loads((folder / "status.json").read_text())
     lab.pretrain(folder)
-    return {"folder": folder, "text": finished[0].text, "checkpoints": checkpoints, "latest": latest, "newest": newest}
+    return {
+        "folder": folder,
+        "text": finished[0].text,
+        "checkpoints": checkpoints,
+        "latest": latest,
+        "newest": newest,
+        "status": status,
+    }
 
 
 def die_in_save(arguments: list[str], place: str) -> None:
@@ -270,6 +278,12 @@ def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_
     assert f"step-{newest:08d} at step {newest}" in finished[0].text
     assert_same_run(lab, folder, one_rank)
     assert not list((folder / "checkpoints").glob(".staging-*"))
+
+
+def test_the_status_tells_a_stop_that_was_asked_for_from_a_signal(damaged, stopped, whole):
+    """The first is not for a batch system to undo."""
+    assert (damaged["status"]["state"], damaged["status"]["reason"]) == ("stopped", "STOP file")
+    assert json.loads((whole / "status.json").read_text())["state"] == "finished"
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(damaged):

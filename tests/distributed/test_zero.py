@@ -108,6 +108,11 @@ def train_all_stages(config_path, folder, stages, precision):
         again = Trainer(config, run_folder, world, tokenizer)
         resumed_at = again.resume()
         again.engine.eval()
+        resumed_bits, resumed_updates, history = same_state(trainer, again), again.ema.updates, list(history)
+        probed_again = probe(again.engine, x)
+        for one in (trainer, again):
+            one.engine.train()
+            one._step(STEPS, next(one.loader.steps(STEPS, STEPS + 1)), evaluations)
         results[stage] = {
             "history": history,
             "before": before,
@@ -118,13 +123,23 @@ def train_all_stages(config_path, folder, stages, precision):
             "owned_elements": sum(p.numel() for p in trainer.master.partitions),
             "evaluations": evaluations.records,
             "resumed_at": resumed_at,
-            "resumed_updates": again.ema.updates,
-            "resumed": probe(again.engine, x),
-            "resumed_bits": all(map(torch.equal, averages, again.ema.partitions))
-            and all(map(torch.equal, masters, again.master.partitions)),
+            "resumed_updates": resumed_updates,
+            "resumed": probed_again,
+            "resumed_bits": resumed_bits,
+            "step_after_resume_bits": same_state(trainer, again),
         }
     leave_world()
     return results
+
+
+def same_state(one, other) -> bool:
+    """Masters, averages and the optimizer's state of two trainers, bit for bit."""
+    moments, others = one.master.optimizer_state(), other.master.optimizer_state()
+    assert moments.keys() == others.keys() == {"exp_avg", "exp_avg_sq"}
+    pairs = [(one.master.partitions, other.master.partitions), (one.ema.partitions, other.ema.partitions)]
+    pairs += [(moments[name], others[name]) for name in moments]
+    same = all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+    return same and one.master.optimizer_updates() == other.master.optimizer_updates() > 0
 
 
 class Records:
@@ -299,6 +314,7 @@ def test_a_checkpoint_brings_back_masters_and_averages_bit_for_bit(ranks, stage)
     for rank in ranks:
         assert (rank[stage]["resumed_at"], rank[stage]["resumed_updates"]) == (STEPS, STEPS)
         assert rank[stage]["resumed_bits"]
+        assert rank[stage]["step_after_resume_bits"]
         np.testing.assert_array_equal(rank[stage]["resumed"][0], rank[stage]["before"][0])
 
 
@@ -311,6 +327,7 @@ def test_bf16_trains_on_fp32_masters_which_average_and_come_back_bit_for_bit(bf1
     for rank in bf16_ranks:
         assert rank[stage]["untouched"]
         assert rank[stage]["resumed_bits"]
+        assert rank[stage]["step_after_resume_bits"]
         np.testing.assert_array_equal(rank[stage]["after"][0], rank[stage]["before"][0])
         assert np.abs(rank[stage]["inside"][0] - rank[stage]["before"][0]).max() > 1e-3
     masters = load_weights(find_checkpoint(run), "raw")

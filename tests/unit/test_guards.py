@@ -42,6 +42,14 @@ def test_a_constant_loss_needs_more_than_rounding_to_spike():
     assert detector.is_spike(3.0)
 
 
+@pytest.mark.parametrize("place", [3, 10, 40])
+def test_a_loss_that_is_not_a_number_leaves_no_trace(place):
+    detector, values = SpikeDetector(), losses(300)
+    values.insert(place, float("nan"))
+    verdicts = [detector.is_spike(loss) for loss in values]
+    assert [n for n, verdict in enumerate(verdicts) if verdict] == ([place] if place >= FEWEST else [])
+
+
 def test_too_few_losses_judge_nothing():
     detector = SpikeDetector()
     assert not any(detector.is_spike(loss) for loss in [1.0] * (FEWEST - 1) + [100.0])

@@ -76,7 +76,7 @@ def test_jobs_and_steps_that_share_a_node_have_ports_of_their_own():
 
 
 def test_a_run_stops_by_signal_file_or_time_and_knows_why(environment, handlers, tmp_path):
-    stop = StopRequest(tmp_path)
+    stop = StopRequest(tmp_path, True)
     assert not stop.seen()
     signal.raise_signal(signal.SIGUSR1)
     assert (stop.seen(), stop.reason()) == (True, "signal")
@@ -84,16 +84,16 @@ def test_a_run_stops_by_signal_file_or_time_and_knows_why(environment, handlers,
     assert (stop.seen(), stop.reason()) == (True, "STOP file")
     stop.obeyed()
     environment({"VMD_STOP_AT": str(int(time.time()) + 1000)})
-    assert not StopRequest(tmp_path).seen()
+    assert not StopRequest(tmp_path, True).seen()
     environment({"VMD_STOP_AT": str(int(time.time()) - 1)})
-    late = StopRequest(tmp_path)
+    late = StopRequest(tmp_path, True)
     assert (late.seen(), late.reason()) == (True, "time")
 
 
 def test_a_time_that_is_none_is_refused(environment, tmp_path):
     environment({"VMD_STOP_AT": "noon"})
     with pytest.raises(UserError, match="VMD_STOP_AT must be a unix time, found 'noon'"):
-        StopRequest(tmp_path)
+        StopRequest(tmp_path, True)
 
 
 def test_the_record_of_a_run_names_the_start_that_wrote_it(environment, tmp_path):
@@ -105,5 +105,6 @@ def test_the_record_of_a_run_names_the_start_that_wrote_it(environment, tmp_path
     write_status(tmp_path, "stopped", 6, "signal")
     assert read_status(tmp_path) == Status("stopped", 6, "signal", "12.3")
     (tmp_path / "status.json").write_text(json.dumps({"state": "resting", "step": 1}))
-    with pytest.raises(UserError, match=r"status.json: state: input should be 'running', 'stopped' or 'finished'"):
+    allowed = "'running', 'stopped', 'finished' or 'failed'"
+    with pytest.raises(UserError, match=rf"status.json: state: input should be {allowed}"):
         read_status(tmp_path)

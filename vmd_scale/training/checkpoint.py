@@ -1,16 +1,16 @@
 """Writing, pruning and resuming sharded checkpoints (the format is in vmd_scale/checkpoints.py).
 
 A save has two halves. `begin` copies this rank's fragments to host memory, which is all that training waits for, and a
-thread writes them into a staging folder. When the threads of all ranks have ended, `publish` gives the folder its name
+thread writes them into a staging folder. When the threads of all ranks have ended, `finish` gives the folder its name
 by one rename: a checkpoint is whole, or it does not exist.
 """
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ class Checkpointer:
 
     Attributes:
         pending: a save has begun and is not published yet; the same on all ranks.
+        best_bound: of the checkpoint that `best` names, nats per token on validation; infinite without one.
     """
 
     def __init__(self, folder: Path, world: World, master: ShardedMaster, ema: ShardedEMA | None, keep: int) -> None:
         self.folder, self.world, self.master, self.ema, self.keep = folder, world, master, ema, keep
+        self.best_bound = math.inf
         self._writer: _Writer | None = None
 
     @property
@@ -52,14 +54,13 @@ class Checkpointer:
         """Whether this rank's thread is still at work."""
         return self._writer is not None and self._writer.is_alive()
 
-    def begin(self, step: int, state: dict[str, Any], best: bool = False) -> None:
-        """Start to write the checkpoint of `step` completed steps; waits for the one before, if need be.
+    def begin(self, step: int, state: dict[str, Any], bound: float = math.inf) -> None:
+        """Start to write the checkpoint of `step` completed steps. Nothing else may be pending.
 
         Args:
-            best: it is better than all before, and outlives them.
+            bound: of its weights on validation. One that is better than all before outlives them.
         """
-        self.finish()
-        started = time.perf_counter()
+        assert not self.pending
         staging = self.folder / f"{STAGING}step-{step:08d}"
         fragments = self.master.fragments if self.world.is_main or not self.master.is_replicated else []
         sources = {"master": self.master.partitions}
@@ -72,29 +73,23 @@ class Checkpointer:
             "optimizer_updates": self.master.optimizer_updates(),
         }
         of_rank = f"{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
-        contents = {
-            f"weights-{of_rank}": copy_to_host(fragments, sources),
-            f"optimizer-{of_rank}": copy_to_host(fragments, optimizer),
-        }
+        contents = {}
+        if fragments:
+            contents[f"weights-{of_rank}"] = copy_to_host(fragments, sources)
+            contents[f"optimizer-{of_rank}"] = copy_to_host(fragments, optimizer)
         run_state = state if self.world.is_main else None
-        self._writer = _Writer(staging, step, contents, shapes_of(fragments), run_state, best)
+        self._writer = _Writer(staging, step, contents, shapes_of(fragments), run_state, bound)
         self._writer.start()
-        log.debug("checkpoint of step %d: training waited %.3f s", step, time.perf_counter() - started)
 
     def finish(self) -> bool:
-        """Wait until nothing is being written, and publish it. Returns whether that went well."""
-        if self._writer is None:
-            return True
-        self._writer.join()
-        return self.publish()
-
-    def publish(self) -> bool:
-        """Make what all ranks have written the latest checkpoint. Returns whether that went well.
+        """Wait until all ranks have written, and make it the latest checkpoint. Returns whether that went well.
 
         A save that failed on any rank is thrown away with a loud message: training goes on, with what there was before.
         """
-        assert self._writer is not None
+        if self._writer is None:
+            return True
         writer, self._writer = self._writer, None
+        writer.join()
         mine = None if writer.problem is None else f"rank {self.world.rank}: {writer.problem}"
         problem = self.world.first_problem(mine)
         shares: list[Any] = [None] * self.world.size
@@ -103,7 +98,9 @@ class Checkpointer:
             if self.world.is_main:
                 problem = self._name(writer, {name: record for share in shares for name, record in share.items()})
             problem = self.world.first_problem(problem)
-        if problem is not None and self.world.is_main:
+        if problem is None:
+            self.best_bound = min(self.best_bound, writer.bound)
+        elif self.world.is_main:
             shutil.rmtree(writer.staging, ignore_errors=True)
             kept = whole_checkpoints(self.folder)
             before = f"the newest is {kept[-1].name}" if kept else "there is none"
@@ -120,24 +117,12 @@ class Checkpointer:
             os.rename(writer.staging, final)
             flush_to_disk(self.folder)
             write_atomically(self.folder / LATEST, final.name + "\n")
-            if writer.best:
+            if writer.bound < self.best_bound:
                 write_atomically(self.folder / BEST, final.name + "\n")
-            self._prune()
         except OSError as error:
             return str(error)
+        self._prune()
         return None
-
-    def go_back(self, step: int) -> Path | None:
-        """The newest checkpoint of `step` or before, the same on all ranks; those after it are thrown away."""
-        found: list[Path | None] = [None]
-        if self.world.is_main:
-            for checkpoint in whole_checkpoints(self.folder):
-                if step_of(checkpoint) <= step:
-                    found = [checkpoint]
-                elif found[0] is not None:
-                    shutil.rmtree(checkpoint)
-        dist.broadcast_object_list(found, src=0, group=self.world.host_group)
-        return found[0]
 
     def find_latest(self) -> Path | None:
         """The newest checkpoint that is whole, the same on all ranks. Damaged ones are reported and set aside.
@@ -146,7 +131,7 @@ class Checkpointer:
             UserError: there are checkpoints, and all are damaged.
         """
         found, damaged = None, False
-        for candidate in reversed(whole_checkpoints(self.folder)):
+        for candidate in self._candidates():
             problem = self._verify(candidate)
             if problem is None:
                 found = candidate
@@ -170,6 +155,29 @@ class Checkpointer:
         self.world.barrier()
         return found
 
+    def go_back(self, step: int) -> Path | None:
+        """The newest whole checkpoint of `step` or before, the same on all ranks; those after it are thrown away."""
+        found, newer = None, []
+        for candidate in self._candidates():
+            if step_of(candidate) > step:
+                newer.append(candidate)
+            elif self._verify(candidate) is None:
+                found = candidate
+                break
+        if found is not None and self.world.is_main:
+            write_atomically(self.folder / LATEST, found.name + "\n")
+            if self._best_name() in [checkpoint.name for checkpoint in newer]:
+                (self.folder / BEST).unlink()
+            for checkpoint in newer:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        return found
+
+    def _candidates(self) -> list[Path]:
+        """Newest first, as rank 0 sees them: on a shared file system the others may not see the same yet."""
+        found: list[Any] = [[path.name for path in reversed(whole_checkpoints(self.folder))]]
+        dist.broadcast_object_list(found, src=0, group=self.world.host_group)
+        return [self.folder / name for name in found[0]]
+
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore weights, their average and the optimizer's state from a verified checkpoint; returns its run state.
 
@@ -181,13 +189,17 @@ class Checkpointer:
         state = json.loads((checkpoint / RUN_STATE).read_text())
         if "optimizer_state" not in state:
             raise UserError(f"{checkpoint} is of an older version: it can be evaluated and exported, not resumed")
+        files = sorted(json.loads((checkpoint / MANIFEST).read_text())["files"])
+        weights, moments = (
+            [checkpoint / n for n in files if n.startswith(kind)] for kind in ("weights-", "optimizer-")
+        )
         fragments, targets = self.master.fragments, {"master": self.master.partitions}
         if self.ema is not None:
             targets["ema"] = self.ema.partitions
             self.ema.updates = state["ema_updates"]
-        load_fragments(checkpoint, "weights-*", fragments, targets, self.world)
+        load_fragments(weights, fragments, targets, self.world)
         optimizer = self.master.start_optimizer_state(state["optimizer_state"], state["optimizer_updates"])
-        load_fragments(checkpoint, "optimizer-*", fragments, optimizer, self.world)
+        load_fragments(moments, fragments, optimizer, self.world)
         self.master.publish()
         self.master.resumed_at(state["step"], state["skipped_steps"])
         return state
@@ -198,18 +210,23 @@ class Checkpointer:
         problem: str | None = None
         try:
             wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
-            problem = f"{MANIFEST}: {error}"
-        for name in sorted(wanted)[self.world.rank :: self.world.size]:
-            problem = problem or damage(checkpoint / name, wanted[name])
+            for name in sorted(wanted)[self.world.rank :: self.world.size]:
+                problem = problem or damage(checkpoint / name, wanted[name])
+        except (OSError, ValueError, KeyError, TypeError) as error:  # of this rank's node alone, perhaps
+            problem = f"{type(error).__name__}: {error}"
         return self.world.first_problem(problem)
 
     def _prune(self) -> None:
+        try:
+            for old in whole_checkpoints(self.folder)[: -self.keep]:
+                if old.name != self._best_name():
+                    shutil.rmtree(old)
+        except OSError as error:
+            log.warning("an old checkpoint could not be thrown away: %s", error)
+
+    def _best_name(self) -> str:
         best = self.folder / BEST
-        kept = best.read_text().strip() if best.exists() else ""
-        for old in whole_checkpoints(self.folder)[: -self.keep]:
-            if old.name != kept:
-                shutil.rmtree(old)
+        return best.read_text().strip() if best.exists() else ""
 
 
 class _Writer(threading.Thread):
@@ -227,10 +244,10 @@ class _Writer(threading.Thread):
         contents: Mapping[str, dict[str, Tensor]],
         metadata: dict[str, str],
         run_state: dict[str, Any] | None,
-        best: bool,
+        bound: float,
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)  # a rank that fails meanwhile must be able to end
-        self.staging, self.step, self.best = staging, step, best
+        self.staging, self.step, self.bound = staging, step, bound
         self.files: dict[str, dict[str, Any]] = {}
         self.problem: str | None = None
         self._contents, self._metadata, self._run_state = contents, metadata, run_state

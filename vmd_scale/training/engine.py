@@ -78,6 +78,18 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
             "deepspeed.zero_optimization.stage 0 with training.precision bf16 takes a spurious optimizer step "
             "in DeepSpeed 0.19; use stage 1"
         )
+    zero = result.get("zero_optimization", {})
+    if zero.get("round_robin_gradients"):
+        raise UserError(
+            "deepspeed.zero_optimization.round_robin_gradients: checkpoints do not know its layout; leave it out"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.zero_optimization.{part}.device 'nvme' is not supported; allowed: 'cpu', 'none'"
+            )
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        result.setdefault("zero_force_ds_cpu_optimizer", False)  # ours, rather than one that is compiled for minutes
     # DeepSpeed's defaults for these have changed between versions.
     result["bf16"] = {"check_grad_overflow": True, **result.get("bf16", {}), "enabled": precision == "bf16"}
     result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}

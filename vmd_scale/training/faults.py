@@ -1,6 +1,7 @@
 """What goes wrong in the numbers or in a collective, and is noticed: spikes of the loss, ranks that hang."""
 
 import faulthandler
+import math
 import statistics
 import sys
 from collections import deque
@@ -19,10 +20,13 @@ class SpikeDetector:
 
     def is_spike(self, loss: float) -> bool:
         """Judge a logged loss; one that is no spike joins those that the next are compared with."""
-        if len(self._losses) >= FEWEST:
+        enough = len(self._losses) >= FEWEST
+        if not math.isfinite(loss):  # never among those that others are compared with
+            return enough
+        if enough:
             middle = statistics.median(self._losses)
             deviation = 1.4826 * statistics.median(abs(x - middle) for x in self._losses)
-            if not loss <= middle + THRESHOLD * max(deviation, 1e-3 * abs(middle)):  # NaN too
+            if loss > middle + THRESHOLD * max(deviation, 1e-3 * abs(middle)):
                 return True
         self._losses.append(loss)
         return False

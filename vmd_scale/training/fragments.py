@@ -20,7 +20,8 @@ from vmd_scale.training.launch import World
 from vmd_scale.training.zero import Fragment, fragment_values
 
 Sources = Mapping[str, list[Tensor]]  # kind -> flat tensors laid out like `ShardedMaster.partitions`
-Index = dict[tuple[str, str], list[tuple[int, int, str]]]  # kind, parameter -> first element, size, file
+Record = tuple[str, str, int, int, Path]  # kind, parameter, first element, size, file
+Index = dict[tuple[str, str], list[tuple[int, int, Path]]]  # kind, parameter -> first element, size, file
 
 
 def copy_to_host(fragments: Iterable[Fragment], sources: Sources) -> dict[str, Tensor]:
@@ -39,50 +40,70 @@ def shapes_of(fragments: Iterable[Fragment]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_fragments(folder: Path, pattern: str, fragments: Sequence[Fragment], targets: Sources, world: World) -> None:
+def load_fragments(files: Sequence[Path], fragments: Sequence[Fragment], targets: Sources, world: World) -> None:
     """Fill this rank's fragments from the files of whatever ranks wrote them. Called by all ranks together.
 
     Args:
-        pattern: of the names of the files.
+        files: all of a kind, in the order of the ranks that wrote them.
         targets: what is filled, by kind.
 
     Raises:
         UserError: elements that no file holds: another model's checkpoint.
     """
-    index = _index(sorted(folder.glob(pattern)), world)
+    wanted = {(kind, f.name, f.start): f.size for kind in targets for f in fragments}
+    own = _headers(files[world.rank :][:1]) if len(files) == world.size else []
+    (elastic,) = world.any({tuple(record[:3]): record[3] for record in own} != wanted)
+    index = _index(_of_all_ranks(files, world) if elastic else own)
     problem: str | None = None
     with ExitStack() as stack:
-        opened: dict[str, Any] = {}
+        opened: dict[Path, Any] = {}
         for kind, partitions in targets.items():
             for fragment in fragments:
-                found, target = 0, fragment_values(fragment, partitions)
-                for start, size, name in index.get((kind, fragment.name), ()):
-                    first, last = max(start, fragment.start), min(start + size, fragment.start + fragment.size)
-                    if first >= last:
-                        continue
-                    if name not in opened:
-                        opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-                    saved = opened[name].get_slice(f"{kind}/{fragment.name}/{start}")
-                    target[first - fragment.start : last - fragment.start].copy_(saved[first - start : last - start])
-                    found += last - first
-                if found != fragment.size:
-                    problem = f"{folder}: {kind} of {fragment.name} is incomplete in {pattern}"
+                target = fragment_values(fragment, partitions)
+                if _fill(target, kind, fragment, index, opened, stack) != fragment.size:
+                    problem = f"{files[0].parent}: {kind} of {fragment.name} is incomplete"
     problem = world.first_problem(problem)
     if problem is not None:
         raise UserError(problem)
 
 
-def _index(files: Sequence[Path], world: World) -> Index:
-    """Where everything lies. Each rank reads the headers of its share of the files, and tells the others."""
-    mine = []
-    for path in files[world.rank :: world.size]:
+def _fill(
+    target: Tensor, kind: str, fragment: Fragment, index: Index, opened: dict[Path, Any], stack: ExitStack
+) -> int:
+    """Read what overlaps a fragment. Returns the number of elements found."""
+    found = 0
+    for start, size, path in index.get((kind, fragment.name), ()):
+        first, last = max(start, fragment.start), min(start + size, fragment.start + fragment.size)
+        if first >= last:
+            continue
+        if path not in opened:
+            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+        saved = opened[path].get_slice(f"{kind}/{fragment.name}/{start}")
+        target[first - fragment.start : last - fragment.start].copy_(saved[first - start : last - start])
+        found += last - first
+    return found
+
+
+def _headers(files: Iterable[Path]) -> list[Record]:
+    """What files hold, without reading it."""
+    records = []
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, parameter, start = key.split("/")
-                mine.append((kind, parameter, int(start), file.get_slice(key).get_shape()[0], path.name))
+                records.append((kind, parameter, int(start), file.get_slice(key).get_shape()[0], path))
+    return records
+
+
+def _of_all_ranks(files: Sequence[Path], world: World) -> list[Record]:
+    """Each rank reads the headers of its share of the files, and tells the others."""
     shares: list[Any] = [None] * world.size
-    dist.all_gather_object(shares, mine, group=world.host_group)
+    dist.all_gather_object(shares, _headers(files[world.rank :: world.size]), group=world.host_group)
+    return [record for share in shares for record in share]
+
+
+def _index(records: Iterable[Record]) -> Index:
     index: Index = {}
-    for kind, parameter, start, size, name in (record for share in shares for record in share):
-        index.setdefault((kind, parameter), []).append((start, size, name))
+    for kind, parameter, start, size, path in records:
+        index.setdefault((kind, parameter), []).append((start, size, path))
     return index

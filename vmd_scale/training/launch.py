@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _added: dict[str, str] = {}  # what `join_world` put into the environment
 
 
@@ -57,8 +59,12 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1) if _under_srun() else 1))
 
 
-def join_world() -> World:
-    """Initialise torch.distributed through DeepSpeed and choose this rank's device and number of threads."""
+def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+    """Initialise torch.distributed through DeepSpeed and choose this rank's device and number of threads.
+
+    Args:
+        timeout: of a collective. Longer than `training.hang_timeout`, it leaves a hang to the watchdog, who knows more.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -81,8 +87,8 @@ def join_world() -> World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     backend = get_accelerator().communication_backend_name() if device.type == "cuda" else "gloo"
     with redirect_stdout(io.StringIO()):  # each rank would say that an op was built
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    group = dist.new_group(backend="gloo")
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, group)
 
 

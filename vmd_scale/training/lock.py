@@ -1,4 +1,8 @@
-"""One run folder, one run: a lock that the operating system lets go of when its holder dies, however it dies."""
+"""One run folder, one run: a lock that the operating system lets go of when its holder dies.
+
+On NFS the server lets go of it, for a node that is lost when its lease ends: a requeued job waits for that. Where locks
+are those of each node alone (Lustre mounted with localflock), it keeps apart only runs on one node.
+"""
 
 import errno
 import fcntl
@@ -12,21 +16,24 @@ from typing import IO
 from vmd_scale.errors import UserError
 
 LOCK = ".lock"
-PATIENCE = 10.0  # seconds: a run that was requeued may meet the last breath of the one before
+PATIENCE = 10.0  # seconds: a run that is called again may meet the last breath of the one before
+PATIENCE_AFTER_REQUEUE = 150.0
 log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Held by rank 0 from before the run folder is touched until the process ends."""
+    """Held by rank 0 while the run writes to its folder."""
 
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / LOCK
         self._file: IO[str] | None = None
 
-    def acquire(self, patience: float = PATIENCE) -> None:
+    def acquire(self, patience: float | None = None) -> None:
         """Raises:
         UserError: another run holds it; says which.
         """
+        if patience is None:
+            patience = PATIENCE_AFTER_REQUEUE if os.environ.get("SLURM_RESTART_COUNT") else PATIENCE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
         deadline = time.monotonic() + patience

@@ -64,13 +64,12 @@ class Trainer:
         self.checkpoints = Checkpointer(
             run_folder / "checkpoints", world, self.master, self.ema, training.keep_checkpoints
         )
-        self.stop = StopRequest(run_folder)
+        self.stop = StopRequest(run_folder, world.is_main)
         self.watchdog = Watchdog(training.hang_timeout)
         self.spikes = SpikeDetector()
         self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
         self.skipped_steps = self.skipped_in_a_row = 0
         self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
-        self.best_bound = math.inf  # nats per token, on validation
         self.rollbacks, self.stopped = 0, False
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = training_flops_per_token(a, masked_share(config), denoiser_passes(config))
@@ -89,9 +88,9 @@ class Trainer:
         now = {"world_size": self.world.size, "zero_stage": self.config.zero_stage, "precision": self.precision}
         changed = [f"{key} {state[key]} -> {value}" for key, value in now.items() if state[key] != value]
         self.tokens.fill_(state["tokens"])
-        self.skipped_steps = state["skipped_steps"]
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], 0
         self.skipped_batches = state["skipped_batches"]
-        self.best_bound = state["best_bound"]
+        self.checkpoints.best_bound = state["best_bound"]
         self.spikes = SpikeDetector(state["losses"])
         how = f" ({', '.join(changed)})" if changed else ""
         log.info("resumed from %s at step %d%s", checkpoint, state["step"], how)
@@ -135,7 +134,10 @@ class Trainer:
     def record(self, state: State, step: int, reason: str = "") -> None:
         """For whoever looks at the run folder when these processes are gone."""
         if self.world.is_main:
-            write_status(self.run_folder, state, step, reason)
+            try:
+                write_status(self.run_folder, state, step, reason)
+            except OSError as error:  # a full disk: what is to be said elsewhere is worth more
+                log.error("status %r of step %d could not be written: %s", state, step, error)
 
     def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
         """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
@@ -144,22 +146,27 @@ class Trainer:
             losses = self._step(done, batches, telemetry)
             done += 1
             telemetry.step()
+            self.watchdog.progress()
             if done % config.telemetry.log_every == 0 or done == training.steps:
                 record = self._metrics(done, losses)
                 telemetry.log(record)
                 if self._is_spike(record, telemetry) and training.loss_spike == "rollback":
-                    return self._roll_back(done, telemetry)
-            is_best = False
+                    with self.watch.paused():
+                        step = self._roll_back(done, telemetry)
+                    if step is not None:
+                        return step
+            bound = math.inf
             if config.evaluation.every and done % config.evaluation.every == 0:
                 with self.watch.paused():
-                    is_best = self._evaluate(done, telemetry)
+                    bound = self._evaluate(done, telemetry)
             stopping, writing = self.world.any(self.stop.seen(), self.checkpoints.writing)
-            if self.checkpoints.pending and not writing and not self.checkpoints.publish():
-                telemetry.event("checkpoint failed", done)
-            if stopping or is_best or done % training.checkpoint_every == 0 or done == training.steps:
-                with self.watch.paused():
-                    self._save(done, is_best)
-            self.watchdog.progress()
+            due = stopping or done % training.checkpoint_every == 0 or done == training.steps
+            due |= bound < self.checkpoints.best_bound
+            with self.watch.paused():
+                if self.checkpoints.pending and (due or not writing):
+                    self._publish(done, telemetry)
+                if due:
+                    self._save(done, bound)
             if stopping and done < training.steps:
                 self.stopped = True
                 telemetry.event("stopped", done)
@@ -167,24 +174,29 @@ class Trainer:
         return done
 
     def _is_spike(self, record: dict[str, Any], telemetry: Telemetry) -> bool:
-        if self.config.training.loss_spike == "ignore" or not self.spikes.is_spike(record["loss"]):
+        """A step that was skipped has done no harm."""
+        ignored = self.config.training.loss_spike == "ignore" or self.skipped_in_a_row
+        if ignored or not self.spikes.is_spike(record["loss"]):
             return False
         log.warning("step %d: the loss, %.4f, is far above those before it", record["step"], record["loss"])
         telemetry.event("spike", record["step"], loss=record["loss"])
         return True
 
-    def _roll_back(self, done: int, telemetry: Telemetry) -> int:
-        """To the newest checkpoint from before the spike could have begun, leaving out the batches since then."""
-        self.checkpoints.finish()
-        found = self.checkpoints.go_back(done - self.config.telemetry.log_every)
+    def _roll_back(self, done: int, telemetry: Telemetry) -> int | None:
+        """To the newest checkpoint from before the spike could have begun, leaving out the batches since then.
+
+        Returns its step, or None if there is none.
+        """
+        if self.rollbacks == MAX_ROLLBACKS:
+            raise RunFailed(f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs")
+        if self.checkpoints.pending:
+            self._publish(done, telemetry)
+        # The last loss that was judged and found good is of the weights before the update of its step.
+        found = self.checkpoints.go_back(done - self.config.telemetry.log_every - 1)
         if found is None:
             log.warning("there is no checkpoint from before the spike: going on")
-            return done
+            return None
         self.rollbacks += 1
-        if self.rollbacks > MAX_ROLLBACKS:
-            raise RunFailed(
-                f"step {done}: the loss rose far above those before it again, after {MAX_ROLLBACKS} roll-backs"
-            )
         rows, shift = self.config.training.global_batch, self.skipped_batches
         step = self._restore(found)
         self.skipped_batches = shift + done - step
@@ -200,6 +212,10 @@ class Trainer:
         self.step_at_log, self.tokens_at_log = step, int(self.tokens)
         self.engine.train()
         return step
+
+    def _publish(self, done: int, telemetry: Telemetry) -> None:
+        if not self.checkpoints.finish():
+            telemetry.event("checkpoint failed", done)
 
     def _prepare(self, step: int, batch: Batch) -> TrainingInputs:
         """In the loader's thread: everything random about a micro-batch is decided here, on the host."""
@@ -283,10 +299,10 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
         }
 
-    def _evaluate(self, done: int, telemetry: Telemetry) -> bool:
+    def _evaluate(self, done: int, telemetry: Telemetry) -> float:
         """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run.
 
-        Returns whether the lowest of them is lower than ever before.
+        Returns the lowest of them, nats per token.
         """
         evaluation = self.config.evaluation
         self.engine.eval()
@@ -314,16 +330,15 @@ class Trainer:
         best = min(results, key=lambda r: r.nats_per_token)
         log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
         self.engine.train()
-        is_best = best.nats_per_token < self.best_bound
-        self.best_bound = min(self.best_bound, best.nats_per_token)
-        return is_best
+        self.watchdog.progress()
+        return best.nats_per_token
 
-    def _save(self, done: int, is_best: bool) -> None:
+    def _save(self, done: int, bound: float) -> None:
         state = {
             "tokens": int(self.tokens),
             "skipped_steps": self.skipped_steps,
             "skipped_batches": self.skipped_batches,
-            "best_bound": self.best_bound,
+            "best_bound": min(bound, self.checkpoints.best_bound),
             "losses": self.spikes.state(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
@@ -332,4 +347,5 @@ class Trainer:
             "zero_stage": self.config.zero_stage,
             "precision": self.precision,
         }
-        self.checkpoints.begin(done, state, is_best)
+        self.checkpoints.begin(done, state, bound)
+        self.watchdog.progress()

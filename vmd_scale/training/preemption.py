@@ -17,7 +17,10 @@ BY_FILE, BY_TIME, BY_SIGNAL = "STOP file", "time", "signal"
 
 
 class StopRequest:
-    def __init__(self, run_folder: Path) -> None:
+    """Only rank 0 (`is_main`) looks for the file: the ranks tell each other."""
+
+    def __init__(self, run_folder: Path, is_main: bool) -> None:
+        self._is_main = is_main
         self._file = run_folder / "STOP"
         self._signalled = False
         self._deadline = _deadline()
@@ -29,7 +32,7 @@ class StopRequest:
 
     def seen(self) -> bool:
         """This rank's view; the ranks must agree before any of them acts."""
-        return self._signalled or time.time() >= self._deadline or self._file.exists()
+        return self._signalled or time.time() >= self._deadline or (self._is_main and self._file.exists())
 
     def reason(self) -> str:
         """What this rank knows of the cause; a signal may have reached another one only."""
@@ -39,7 +42,8 @@ class StopRequest:
 
     def obeyed(self) -> None:
         """The checkpoint is written: the file has done its work, and must not stop the run when called again."""
-        self._file.unlink(missing_ok=True)
+        if self._is_main:
+            self._file.unlink(missing_ok=True)
 
 
 def _deadline() -> float:

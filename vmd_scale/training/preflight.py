@@ -1,4 +1,4 @@
-"""Before memory is taken: do all ranks mean the same run, can they talk to each other, is there room on the disk?"""
+"""Before the first step: do all ranks mean the same run, can they talk to each other, is there room on the disk?"""
 
 import hashlib
 import json
@@ -15,7 +15,6 @@ from vmd_scale.data.manifest import MANIFEST
 from vmd_scale.errors import UserError
 from vmd_scale.training.launch import World
 
-BYTES_PER_PARAMETER = 16  # of a checkpoint: master, EMA and two moments, fp32
 log = logging.getLogger(__name__)
 
 
@@ -56,15 +55,16 @@ def facts(config: Config) -> dict[str, str]:
         "the code of vmd_scale": code.hexdigest()[:12],
         "the version of torch": torch.__version__,
         "the version of deepspeed": deepspeed.__version__,
-        f"the manifest in {config.data.shards}": _digest(manifest.read_bytes()),
+        f"the manifest in {config.data.shards}": _digest_of_file(manifest),
     }
 
 
-def check_disk(folder: Path, parameters: int, keep: int) -> None:
+def check_disk(folder: Path, parameters: int, keep: int, with_ema: bool) -> None:
     """Raises:
     UserError: not even one checkpoint fits. (A warning, if it is fewer than will be kept.)
     """
-    each, free = parameters * BYTES_PER_PARAMETER, shutil.disk_usage(folder).free
+    tensors = 4 if with_ema else 3  # masters and two moments, fp32
+    each, free = 4 * tensors * parameters, shutil.disk_usage(folder).free
     if free < each:
         raise UserError(f"{folder}: {free / 1e9:.2f} GB are free, and one checkpoint takes {each / 1e9:.2f} GB")
     if free < each * (keep + 1):  # one is written before the oldest is thrown away
@@ -75,6 +75,13 @@ def check_disk(folder: Path, parameters: int, keep: int) -> None:
             keep,
             each * (keep + 1) / 1e9,
         )
+
+
+def _digest_of_file(path: Path) -> str:
+    try:
+        return _digest(path.read_bytes())
+    except OSError as error:  # on one node only, perhaps: then it is this that differs
+        return f"unreadable ({error.strerror})"
 
 
 def _digest(content: bytes) -> str:

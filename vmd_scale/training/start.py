@@ -96,11 +96,14 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         UserError: another run holds the folder; no room for a checkpoint; a checkpoint that is not of this run.
         RunFailed: see `Trainer.train`.
     """
-    lock = RunLock(run_folder)
+    lock, training = RunLock(run_folder), config.training
     try:
         _on_main(world, lock.acquire)
         trainer = Trainer(config, run_folder, world, tokenizer)
-        _on_main(world, lambda: check_disk(run_folder, trainer.parameters, config.training.keep_checkpoints))
+        _on_main(
+            world,
+            lambda: check_disk(run_folder, trainer.parameters, training.keep_checkpoints, bool(training.ema_decay)),
+        )
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
@@ -121,7 +124,7 @@ def _on_main(world: World, check: Callable[[], None]) -> None:
     if world.is_main:
         try:
             check()
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = str(error)
     problem = world.first_problem(problem)
     if problem is not None:

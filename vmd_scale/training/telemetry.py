@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,15 @@ class Telemetry:
             self._wandb.finish()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        path = self._folder / name
+        size = path.stat().st_size if path.exists() else 0
         try:
-            with open(self._folder / name, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk costs records, not the run
             log.error("%s: a record of step %s is lost: %s", name, record["step"], error)
+            with suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next one
 
 
 def drop_records_after(path: Path, step: int) -> None:

@@ -70,10 +70,8 @@ class ShardedMaster:
     def optimizer_state(self) -> dict[str, list[Tensor]]:
         """The optimizer's tensors (exp_avg, ...) by name, laid out like `partitions`; empty before the first update."""
         states = [self._inner.state.get(owner, {}) for owner in self._owners()]
-        tensors = (
-            {n for n, value in states[0].items() if isinstance(value, Tensor) and value.dim()} if states else set()
-        )
-        return {name: [state[name].view(-1) for state in states] for name in sorted(tensors)}
+        names = {name for state in states for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
+        return {name: [state[name].view(-1) for state in states] for name in sorted(names)}
 
     def optimizer_updates(self) -> int:
         """Updates that the optimizer counts, which its bias correction depends on."""
@@ -81,8 +79,11 @@ class ShardedMaster:
 
     def start_optimizer_state(self, names: Iterable[str], updates: int) -> dict[str, list[Tensor]]:
         """Zeros in place of what the optimizer would make at its first update, to be filled by a resume."""
-        fused = bool(self._inner.defaults.get("fused"))
+        names, fused = list(names), bool(self._inner.defaults.get("fused"))
         for owner in self._owners():
+            self._inner.state.pop(owner, None)
+            if not names:  # there was no update yet; a state without moments would not be made whole
+                continue
             step = torch.tensor(float(updates), device=owner.device if fused else "cpu")
             self._inner.state[owner] = {"step": step, **{name: torch.zeros_like(owner) for name in names}}
         return self.optimizer_state()
@@ -100,10 +101,13 @@ class ShardedMaster:
         return list(self._engine.module.parameters()) if self._stage == 0 else list(self.partitions)
 
     def before_step(self) -> None:
-        """Call before ``engine.step()``: stage 0 keeps no gradient norm, and would apply one that is not finite."""
+        """Call before ``engine.step()``: stage 0 keeps no gradient norm, and would apply one that is not finite.
+
+        There a step that will be skipped is counted here, as DeepSpeed counts it in the other stages.
+        """
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
             self._engine.skipped_steps += not self._is_finite()
 
     def _is_finite(self) -> bool:
