@@ -1,7 +1,9 @@
 """Break a run at random, again and again: it must end as one that nobody disturbed.
 
     python benchmarks/chaos.py --events 30 --sizes 2      the world size stays: equal bit for bit
-    python benchmarks/chaos.py --events 30 --sizes 1,2    it changes from start to start: equal to rounding
+    python benchmarks/chaos.py --events 30 --sizes 1,2    it changes from start to start: equal to rounding, which is
+                                                          to say as near to the undisturbed runs as these, made by one
+                                                          and by two ranks, are to each other (times three)
 
 An event is a kill -9 of all ranks or of one, a SIGTERM, a SIGUSR1, a STOP file, or a kill followed by damage to the
 newest checkpoint: a flipped bit, a lost end, a missing file. They fall anywhere: at start-up, in a step, in a save.
@@ -20,8 +22,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
 
@@ -62,14 +62,16 @@ def main() -> None:
     sizes = [int(size) for size in args.sizes.split(",")]
     choice = random.Random(args.seed)
     tally = Tally()
-    quiet, broken = args.folder / "undisturbed", args.folder / f"disturbed-{args.sizes}"
-    run_to_end(quiet, args.steps, max(sizes))
+    quiet = [args.folder / f"undisturbed-{size}" for size in sizes]
+    broken = args.folder / f"disturbed-{args.sizes}"
+    for folder, size in zip(quiet, sizes, strict=True):
+        run_to_end(folder, args.steps, size)
     while sum(tally.events.values()) < args.events:
         if not disturb(broken, args.steps, choice, choice.choice(sizes), tally):
             raise SystemExit(f"the run came to its end after {sum(tally.events.values())} events; take more --steps")
         print(f"{sum(tally.events.values())}/{args.events}: {tally.steps_lost[-1]} steps lost", file=sys.stderr)
     run_to_end(broken, args.steps, max(sizes))
-    report = compare(quiet, broken, exact=len(sizes) == 1) | {
+    report = compare(quiet, broken) | {
         "events": tally.events,
         "steps_lost": sum(tally.steps_lost),
         "most_steps_lost_by_one": max(tally.steps_lost),
@@ -215,22 +217,29 @@ def last_step(folder: Path) -> int:
     return max((record["step"] for record in records(folder)), default=0)
 
 
-def compare(quiet: Path, broken: Path, exact: bool) -> dict[str, object]:
+def compare(quiet: list[Path], broken: Path) -> dict[str, object]:
     """Final weights, losses of all steps, and the rows of all steps."""
-    found, wanted = (load_weights(find_checkpoint(folder), "ema") for folder in (broken, quiet))
-    difference = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
-    losses = [[record["loss"] for record in records(folder)] for folder in (broken, quiet)]
-    complete = len(losses[0]) == len(losses[1])
-    worst_loss = max(abs(a - b) for a, b in zip(*losses, strict=False))
-    rows = [rows_of(folder) for folder in (broken, quiet)]
-    tolerance = 0.0 if exact else 1e-3
+    drift = [difference(quiet[0], other) for other in quiet[1:]]
+    weights, losses = difference(quiet[0], broken)
+    of_weights, of_losses = (max((d[n] for d in drift), default=0.0) for n in (0, 1))
+    rows_equal = rows_of(broken) == rows_of(quiet[0])
     return {
-        "same": complete and difference <= tolerance and worst_loss <= tolerance and rows[0] == rows[1],
-        "largest_difference_of_weights": difference,
-        "largest_difference_of_losses": worst_loss,
-        "rows_equal": rows[0] == rows[1],
-        "weights_equal_bit_for_bit": all(torch.equal(found[name], wanted[name]) for name in wanted),
+        "same": rows_equal and weights <= 3 * of_weights and losses <= 3 * of_losses,
+        "largest_difference_of_weights": weights,
+        "largest_difference_of_losses": losses,
+        "the_same_between_undisturbed_runs": [of_weights, of_losses],
+        "rows_equal": rows_equal,
     }
+
+
+def difference(one: Path, other: Path) -> tuple[float, float]:
+    """The largest of any weight, and of any step's loss; infinite if a step is missing."""
+    ours, theirs = (load_weights(find_checkpoint(folder), "ema") for folder in (one, other))
+    losses = [[record["loss"] for record in records(folder)] for folder in (one, other)]
+    weights = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    if len(losses[0]) != len(losses[1]):
+        return weights, float("inf")
+    return weights, max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 
 def rows_of(folder: Path) -> dict[int, dict[int, int]]:
