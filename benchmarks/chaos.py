@@ -15,7 +15,6 @@ import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.checkpoints import find_checkpoint, load_weights, step_of, whole_checkpoints
+from vmd_scale.training.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
@@ -89,14 +89,11 @@ class Ranks:
 
     def __init__(self, folder: Path, steps: int, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         settings = [*SETTINGS, f"training.steps={steps}", f"data.shards={json.dumps(str(folder.parent / 'shards'))}"]
         command = [sys.executable, __file__, "--rank", "--config", str(ROOT / "configs" / "quickstart.json")]
         command += ["--output", str(folder), *(part for setting in settings for part in ("--set", setting))]
         names = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(os.cpu_count()), "MASTER_ADDR": "127.0.0.1"}
-        names |= {"MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        names |= {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         self.processes = []
         with open(folder / "output.txt", "ab") as output:
             for rank in range(size):
@@ -173,7 +170,7 @@ def disturb(folder: Path, steps: int, choice: random.Random, size: int, tally: T
     if event in DAMAGES and whole_checkpoints(folder / "checkpoints")[1:]:  # never the only one
         damage(find_checkpoint(folder), event, choice)
     kept = whole_checkpoints(folder / "checkpoints")
-    from_step = int(kept[-1].name.removeprefix("step-")) if kept else 0
+    from_step = step_of(kept[-1]) if kept else 0
     tally.events[event] = tally.events.get(event, 0) + 1
     tally.steps_lost.append(max(0, reached - from_step))
     return True

@@ -9,7 +9,6 @@ made again. Everything lands in quickstart/.
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from vmd_scale.config import load_config
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
+from vmd_scale.training.launch import free_port
 
 LAUNCHERS = Path(__file__).resolve().parent
 CONFIG = LAUNCHERS.parent / "configs" / "quickstart.json"
@@ -85,11 +85,8 @@ def main() -> None:
 def pretrain() -> None:
     """Two ranks, on GPUs where there are some; as a user would start it."""
     ranks = min(torch.cuda.device_count(), 2) or 2
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    arguments = ["--num_gpus", str(ranks), "--master_port", str(port), str(LAUNCHERS / "pretrain.py")]
+    arguments = ["--num_gpus", str(ranks), "--master_port", str(free_port()), str(LAUNCHERS / "pretrain.py")]
     call([str(deepspeed), *arguments, "--config", str(CONFIG), "--output", str(RUN)])
 
 

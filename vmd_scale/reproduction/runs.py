@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
 from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
+from vmd_scale.training.launch import free_port
 
 _training: subprocess.Popen | None = None  # what this worker waits for
 
@@ -175,10 +175,7 @@ def train(job: Job) -> None:
     config.write_text(job.config.to_json())
     command = [sys.executable]
     if torch.cuda.is_available():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port)]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
     launcher = Path(__file__).resolve().parents[2] / "launchers" / "pretrain.py"
     command += [str(launcher), "--config", str(config), "--output", str(job.folder)]
     output = job.folder / "train.log"

@@ -67,18 +67,16 @@ class Checkpointer:
         if self.ema is not None:
             sources["ema"] = self.ema.partitions
         optimizer = self.master.optimizer_state()
-        state |= {
-            "step": step,
-            "optimizer_state": sorted(optimizer),
-            "optimizer_updates": self.master.optimizer_updates(),
-        }
         of_rank = f"{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
         contents = {}
         if fragments:
             contents[f"weights-{of_rank}"] = copy_to_host(fragments, sources)
             contents[f"optimizer-{of_rank}"] = copy_to_host(fragments, optimizer)
-        run_state = state if self.world.is_main else None
-        self._writer = _Writer(staging, step, contents, shapes_of(fragments), run_state, bound)
+        updates = self.master.optimizer_updates()
+        run_state = {**state, "step": step, "optimizer_state": sorted(optimizer), "optimizer_updates": updates}
+        self._writer = _Writer(
+            staging, step, contents, shapes_of(fragments), run_state if self.world.is_main else None, bound
+        )
         self._writer.start()
 
     def finish(self) -> bool:

@@ -24,9 +24,8 @@ Record = tuple[str, str, int, int, Path]  # kind, parameter, first element, size
 Index = dict[tuple[str, str], list[tuple[int, int, Path]]]  # kind, parameter -> first element, size, file
 
 
-def copy_to_host(fragments: Iterable[Fragment], sources: Sources) -> dict[str, Tensor]:
+def copy_to_host(fragments: Sequence[Fragment], sources: Sources) -> dict[str, Tensor]:
     """What a file will hold, out of reach of the steps that follow."""
-    fragments = list(fragments)
     return {
         f"{kind}/{f.name}/{f.start}": fragment_values(f, partitions).detach().to("cpu", copy=True)
         for kind, partitions in sources.items()

@@ -120,16 +120,20 @@ def _environment() -> dict[str, str]:
             "MASTER_ADDR": first_host(os.environ["SLURM_STEP_NODELIST"]),
             "MASTER_PORT": str(step_port(int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0)))),
         }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
+
+
+def free_port() -> int:
+    """One of this machine, for ranks that all run on it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def step_port(job: int, step: int) -> int:

@@ -45,8 +45,7 @@ class Telemetry:
         self._wandb: Any = None
         if not is_main:
             return
-        for name in (METRICS, EVALUATIONS, LATENT):
-            drop_records_after(run_folder / name, first_step)
+        self.went_back_to(first_step)
         self._bar = tqdm(
             total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1.0
         )

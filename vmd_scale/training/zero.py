@@ -4,7 +4,7 @@ Written against DeepSpeed 0.19. Every private attribute is read through `_get`, 
 another version has moved it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,9 @@ class ShardedMaster:
         """Updates that the optimizer counts, which its bias correction depends on."""
         return max((int(self._inner.state.get(owner, {}).get("step", 0)) for owner in self._owners()), default=0)
 
-    def start_optimizer_state(self, names: Iterable[str], updates: int) -> dict[str, list[Tensor]]:
+    def start_optimizer_state(self, names: Sequence[str], updates: int) -> dict[str, list[Tensor]]:
         """Zeros in place of what the optimizer would make at its first update, to be filled by a resume."""
-        names, fused = list(names), bool(self._inner.defaults.get("fused"))
+        fused = bool(self._inner.defaults.get("fused"))
         for owner in self._owners():
             self._inner.state.pop(owner, None)
             if not names:  # there was no update yet; a state without moments would not be made whole
