@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, step_of, whole_checkpoints
+from vmd_scale.provenance import provenance
 from vmd_scale.training.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +78,7 @@ def main() -> None:
         "most_steps_lost_by_one": max(tally.steps_lost),
         "steps": args.steps,
         "sizes": sizes,
+        **provenance(),
     }
     print(json.dumps(report, indent=2))
     if args.json:

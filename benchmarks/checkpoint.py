@@ -9,6 +9,7 @@ meanwhile, and `step_while_writing` is what a step then takes.
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from vmd_scale.config import load_config
 from vmd_scale.data.prepare import prepare
+from vmd_scale.provenance import provenance
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.launch import join_world, leave_world
 from vmd_scale.training.loop import Trainer
@@ -71,7 +73,7 @@ def main() -> None:
     for number in range(1, args.saves + 1):
         times["step"] += [timed_step() for _ in range(3)]
         started = time.perf_counter()
-        trainer._save(number, False)
+        trainer._save(number, math.inf)
         times["training_waits"].append(time.perf_counter() - started)
         while any(world.any(trainer.checkpoints.writing)):
             times["step_while_writing"].append(timed_step())
@@ -85,7 +87,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in found.rglob("*"))
     result = {f"{name}_seconds": statistics.median(values) for name, values in times.items() if values}
     result |= {"verify_seconds": verified - started, "load_seconds": loaded - verified}
-    result |= {"parameters": trainer.parameters, "checkpoint_bytes": size, "ranks": world.size}
+    result |= {"parameters": trainer.parameters, "checkpoint_bytes": size, "ranks": world.size, **provenance()}
     if world.is_main:
         print(json.dumps(result, indent=2))
         if args.json:

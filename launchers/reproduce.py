@@ -10,8 +10,6 @@ on as many as its micro-batches divide into.
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 from vmd_scale.errors import UserError, reports_user_errors
@@ -41,8 +39,7 @@ def main() -> None:
     task = TASKS[args.task]
     jobs = jobs_of(task, args.seeds, args.fast, args.set, CONFIGS, args.runs)
     rows = rows_of(task, jobs, run_jobs(jobs))
-    name, command = f"{task.name}_fast" if args.fast else task.name, shlex.join(["python", *sys.argv])
-    page = write_page(task, jobs, rows, command, args.output, name, args.json)
+    page = write_page(task, jobs, rows, args.output, f"{task.name}_fast" if args.fast else task.name, args.json)
     print(markdown_table(rows))
     print(f"\nwritten to {page}")
 

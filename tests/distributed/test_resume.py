@@ -257,6 +257,24 @@ def test_what_has_changed_is_said(elastic):
     ]
 
 
+def test_another_precision_and_offload_take_over_the_same_masters(lab, runs, whole):
+    """Two steps more whose updates are too small to be seen in fp32: what is saved after them is what was resumed."""
+    folder = runs / "precision"
+    shutil.copytree(whole, folder)
+    offload = ("deepspeed.zero_optimization.stage=2", 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}')
+    changes = ((13, 1, ("training.precision=bf16",)), (14, 2, ("training.precision=fp32", *offload)))
+    texts = []
+    for step, ranks, settings in changes:
+        still = (f"training.steps={step}", "training.learning_rate=1e-30", "training.lr_schedule=constant", *settings)
+        texts.append(lab.pretrain(folder, *still, ranks=ranks)[0].text)
+        assert find_checkpoint(folder).name == f"step-{step:08d}"
+        found, wanted = (load_weights(find_checkpoint(run), "raw") for run in (folder, whole))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert "precision fp32 -> bf16" in texts[0]
+    assert "precision bf16 -> fp32" in texts[1]
+    np.testing.assert_allclose(lab.losses(folder)[-2:], lab.losses(whole)[-1], rtol=0.2)
+
+
 def test_latest_names_a_whole_checkpoint_and_old_ones_are_thrown_away(whole, evaluated):
     """`evaluated` keeps one, and the best: both its evaluations were better than what was before."""
     for folder, kept, others in ((whole, [4, 8, 12], {"latest"}), (evaluated, [10, 12], {"latest", "best"})):

@@ -129,6 +129,14 @@ def pretrain(desk, *settings):
         (["deepspeed.zero_optimization.stage=7"], "deepspeed.zero_optimization.stage is 7; allowed: 0, 1, 2, 3"),
         (["deepspeed.zero_optimization.stage=two"], "deepspeed.zero_optimization.stage is 'two'; allowed: 0, 1, 2, 3"),
         (
+            ["deepspeed.zero_optimization.round_robin_gradients=true"],
+            "deepspeed.zero_optimization.round_robin_gradients: checkpoints do not know its layout",
+        ),
+        (
+            ['deepspeed.zero_optimization.offload_optimizer={"device": "nvme"}'],
+            "deepspeed.zero_optimization.offload_optimizer.device 'nvme' is not supported; allowed: 'cpu', 'none'",
+        ),
+        (
             ["deepspeed.zero_optimization.stagee=1"],
             "unknown key 'deepspeed.zero_optimization.stagee'; did you mean 'stage'",
         ),

@@ -93,7 +93,7 @@ def chain(desk) -> dict:
 
 @pytest.fixture(scope="module")
 def stopped(desk) -> dict:
-    """Cancelled at step 2; submitted again and stopped by SIGUSR1 at step 6."""
+    """Cancelled at step 2; submitted again and stopped by SIGUSR1 at step 4, where it may not come back; at step 6."""
     run = desk.folder / "stopped"
     cancelled = desk.sbatch(run, *linger_after(3))
     desk.wait_for_step(run, 2, f"{cancelled}.0")
@@ -101,13 +101,17 @@ def stopped(desk) -> dict:
     desk.cluster.wait_for(cancelled, "CANCELLED")
     wait_until(lambda: not desk.cluster.ranks(), "its ranks have ended")
     restarts = desk.cluster.field(cancelled, "Restarts")
+    tired = desk.sbatch(run, *linger_after(5), MAX_REQUEUES="0")
+    desk.wait_for_step(run, 4, f"{tired}.0")
+    desk.cluster.run("scancel", "--signal=USR1", tired)
+    desk.cluster.wait_for(tired, "FAILED")
     job = desk.sbatch(run, *linger_after(7))
     desk.wait_for_step(run, 6, f"{job}.0")
     desk.cluster.run("scancel", "--signal=USR1", job)
     desk.wait_for_requeue(job, 1)
     status = json.loads((run / "status.json").read_text())
     desk.cluster.wait_for(job, "COMPLETED")
-    return {"run": run, "cancelled": cancelled, "restarts": restarts, "job": job, "status": status}
+    return {"run": run, "cancelled": cancelled, "restarts": restarts, "tired": tired, "job": job, "status": status}
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,13 @@ def test_a_cancelled_job_does_not_come_back(desk, stopped):
     assert "requeueing" not in desk.said(stopped["cancelled"])
 
 
+def test_requeueing_has_an_end(desk, stopped):
+    said = desk.said(stopped["tired"])
+    assert "is written; not requeued: it was already 0 times (MAX_REQUEUES); sbatch again to go on" in said
+    assert desk.cluster.field(stopped["tired"], "Restarts") == "0"
+    assert desk.cluster.field(stopped["tired"], "ExitCode") == "75:0"
+
+
 def test_the_loss_of_any_node_costs_only_the_steps_since_the_last_checkpoint(desk, whole, lost):
     assert all(6 <= step < LAST for step in lost["reached"])
     assert desk.lab.metrics(lost["run"]) == desk.lab.metrics(whole)
@@ -268,7 +279,7 @@ def test_a_cluster_leaves_nothing_behind():
     """Of `Cluster.stop` itself: also what is no child of ours, as all that slurmd starts."""
     cluster = Cluster()
     cluster.run("sh", "-c", "sleep 1000 >/dev/null 2>&1 & sleep 1000 >/dev/null 2>&1 &")
-    assert len(cluster.processes()) == 2
+    wait_until(lambda: len(cluster.processes()) == 2, "both have their environment")  # not while they are in exec
     cluster.stop()
     assert not cluster.processes()
     assert not cluster.folder.exists()

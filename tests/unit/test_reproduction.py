@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_sudoku_is_compared_at_equal_parameters():
     assert counts["mdm"] == pytest.approx(counts["vmd_surrogate"], rel=0.03)
 
 
-def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tmp_path):
+def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tmp_path, monkeypatch):
     task = TASKS["four_tokens_d1"]
     found = [job for job in jobs(task.name, 3, runs=tmp_path) if job.method == "vmd"]
     results = [
@@ -122,14 +123,14 @@ def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tm
     assert (two.blocks, two.published) == (2, 0.942)
     assert one.mean == pytest.approx(0.91)
     assert one.std == pytest.approx(0.01)
-    command = "python launchers/reproduce.py four_tokens_d1"
-    page = write_page(task, found, [one, two], command, tmp_path, "d1", tmp_path / "copy.json")
+    monkeypatch.setattr(sys, "argv", ["launchers/reproduce.py", "four_tokens_d1", "--set", "a=b c"])
+    page = write_page(task, found, [one, two], tmp_path, "d1", tmp_path / "copy.json")
     text = page.read_text()
     assert "| vmd | 1 | 1 | 0.9100 ± 0.0100 [0.873] |" in text
     assert "In all lines: objective iw, latent fixed, law balanced." in text
     assert "accuracy drawn" in text
     assert "standard deviation over 3 seeds" in text
-    assert command in text
+    assert "python launchers/reproduce.py four_tokens_d1 --set 'a=b c'\n" in text
     for path in (tmp_path / "copy.json", tmp_path / "d1.json"):
         assert json.loads(path.read_text())[0]["mean"] == one.mean
 

@@ -1,19 +1,16 @@
 """docs/results/TASK.md: the table of a task beside the published figures, and how it was made."""
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
 from vmd_scale.planning import plan
+from vmd_scale.provenance import command, hardware, today
 from vmd_scale.reproduction.runs import Job
 from vmd_scale.reproduction.task import Measurement, Row, Task
 from vmd_scale.tokenization import load_tokenizer
@@ -49,15 +46,15 @@ def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Sequence[Measurem
 
 
 def write_page(
-    task: Task, jobs: Sequence[Job], rows: Sequence[Row], command: str, folder: Path, name: str, copy: Path | None
+    task: Task, jobs: Sequence[Job], rows: Sequence[Row], folder: Path, name: str, copy: Path | None
 ) -> Path:
     """Write NAME.md, NAME.json, and NAME.png where there is a figure; `copy` gets the JSON too. Returns the page."""
     page, picture = folder / f"{name}.md", folder / f"{name}.png"
     lines = [f"# {task.title}", "", *(f"{note}\n" for note in task.notes)]
     if task.plot is not None and task.plot(rows, picture):
         lines += [f"![{task.title}]({picture.name})", ""]
-    made = f"Made on {datetime.now(UTC):%Y-%m-%d} by"
-    lines += [markdown_table(rows), "", cost_table(jobs), "", made, "", f"    {command}", "", _hardware(), ""]
+    lines += [markdown_table(rows), "", cost_table(jobs), "", f"Made on {today()} by", "", f"    {command()}", ""]
+    lines += [f"on {hardware()}.", ""]
     for path in (folder / f"{name}.json", copy):
         if path is not None:
             write_json(path, [asdict(row) for row in rows])
@@ -124,11 +121,3 @@ def cost_table(jobs: Sequence[Job]) -> str:
         cells = (f"{cost.denoiser_parameters:,}", f"{cost.encoder_parameters:,}", f"{steps:,}", f"{flops:.2e}")
         lines.append(f"| {job.method} | {config.groups} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        where = f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), no GPU"
-    return f"on {where}; PyTorch {torch.__version__}, Python {platform.python_version()}."

@@ -44,6 +44,7 @@ class Checkpointer:
         self.folder, self.world, self.master, self.ema, self.keep = folder, world, master, ema, keep
         self.best_bound = math.inf
         self._writer: _Writer | None = None
+        self._buffers: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}  # one save at a time uses them
 
     @property
     def pending(self) -> bool:
@@ -68,10 +69,11 @@ class Checkpointer:
             sources["ema"] = self.ema.partitions
         optimizer = self.master.optimizer_state()
         of_rank = f"{self.world.rank:05d}-of-{self.world.size:05d}.safetensors"
-        contents = {}
-        if fragments:
-            contents[f"weights-{of_rank}"] = copy_to_host(fragments, sources)
-            contents[f"optimizer-{of_rank}"] = copy_to_host(fragments, optimizer)
+        contents = {
+            f"{kind}-{of_rank}": copy_to_host(fragments, values, self._buffers[kind])
+            for kind, values in (("weights", sources), ("optimizer", optimizer))
+            if fragments
+        }
         updates = self.master.optimizer_updates()
         run_state = {**state, "step": step, "optimizer_state": sorted(optimizer), "optimizer_updates": updates}
         self._writer = _Writer(

@@ -24,13 +24,23 @@ Record = tuple[str, str, int, int, Path]  # kind, parameter, first element, size
 Index = dict[tuple[str, str], list[tuple[int, int, Path]]]  # kind, parameter -> first element, size, file
 
 
-def copy_to_host(fragments: Sequence[Fragment], sources: Sources) -> dict[str, Tensor]:
-    """What a file will hold, out of reach of the steps that follow."""
-    return {
-        f"{kind}/{f.name}/{f.start}": fragment_values(f, partitions).detach().to("cpu", copy=True)
-        for kind, partitions in sources.items()
-        for f in fragments
-    }
+def copy_to_host(fragments: Sequence[Fragment], sources: Sources, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a file will hold, out of reach of the steps that follow.
+
+    Args:
+        buffers: memory of the call before, which is used again (new memory costs more than the copy); grows as needed.
+    """
+    on_gpu, contents = False, {}
+    for kind, partitions in sources.items():
+        for f in fragments:
+            values, name = fragment_values(f, partitions).detach(), f"{kind}/{f.name}/{f.start}"
+            on_gpu |= values.is_cuda
+            if name not in buffers:
+                buffers[name] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            contents[name] = buffers[name].copy_(values, non_blocking=True)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return contents
 
 
 def shapes_of(fragments: Iterable[Fragment]) -> dict[str, str]:

@@ -39,10 +39,14 @@ class World:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group)
         return flags.bool().tolist()
 
-    def first_problem(self, mine: str | None) -> str | None:
-        """What went wrong on the lowest rank on which something did; the same answer on every rank."""
+    def first_problem(self, mine: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+        """What went wrong on the lowest rank on which something did; the same answer on every rank.
+
+        Args:
+            group: of all ranks, with a timeout of its own; None is `host_group`.
+        """
         problems: list[str | None] = [None] * self.size
-        dist.all_gather_object(problems, mine, group=self.host_group)
+        dist.all_gather_object(problems, mine, group=group or self.host_group)
         return next((p for p in problems if p is not None), None)
 
     def barrier(self) -> None:

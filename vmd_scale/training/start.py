@@ -55,15 +55,7 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
         UserError: on every rank, what is wrong with the data.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
-    problem: list[str | None] = [None]
-    if world.is_main:
-        try:
-            prepare(config.data)
-        except UserError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0, group=group)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+    _on_main(world, lambda: prepare(config.data), group)
     check_ranks(config, world)
     check_compatible(read_manifest(config.data.shards), config.data, tokenizer)
     _verify_together(config, world, group)
@@ -79,14 +71,14 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
             get_protocol(protocol).check(manifest)
         if ShardReader(config.data.shards, "validation", manifest).rows < 2:
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
-    answers: list[Any] = [None] * world.size
-    mine = verify_share(config.data.shards, splits, world.rank, world.size)
-    dist.all_gather_object(answers, mine, group=group)
-    for problem, _ in answers:
-        if problem is not None:
-            raise UserError(problem)
+    problem, mine = verify_share(config.data.shards, splits, world.rank, world.size)
+    problem = world.first_problem(problem, group)
+    if problem is not None:
+        raise UserError(problem)
+    good: list[Any] = [None] * world.size
+    dist.all_gather_object(good, mine, group=group)
     if world.is_main:
-        remember(config.data.shards, [good for _, good in answers])
+        remember(config.data.shards, good)
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
@@ -118,14 +110,14 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         lock.release()
 
 
-def _on_main(world: World, check: Callable[[], None]) -> None:
-    """Do something on rank 0 that may end in a `UserError`; then it does on all."""
+def _on_main(world: World, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Do something on rank 0 that may end in a `UserError`; then it does on all. See `World.first_problem`."""
     problem: str | None = None
     if world.is_main:
         try:
-            check()
+            do()
         except (UserError, OSError) as error:
             problem = str(error)
-    problem = world.first_problem(problem)
+    problem = world.first_problem(problem, group)
     if problem is not None:
         raise UserError(problem)

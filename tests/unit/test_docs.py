@@ -1,0 +1,41 @@
+"""The documentation names nothing that is not there: no dead link, no file, key or test that does not exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vmd_scale.config_reference import markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def names_in(path: Path) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    """In backquotes or in a command: what begins with one of our folders and has an ending."""
+    folders = "vmd_scale|launchers|configs|tokenizer|tests|benchmarks"
+    for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w\.(?:py|json|md|sh|sbatch))\b", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_are_named_exist(page):
+    for file, name in re.findall(r"`(?:tests/unit/)?(test_\w+\.py)::(test_\w+)`", page.read_text()):
+        assert name in names_in(ROOT / "tests" / "unit" / file), name
+
+
+def test_the_configuration_reference_is_that_of_the_code():
+    """Else: python -m vmd_scale.config_reference > docs/configuration.md"""
+    assert (ROOT / "docs" / "configuration.md").read_text() == markdown()
