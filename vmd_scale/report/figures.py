@@ -20,8 +20,8 @@ from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import write_atomically
 from vmd_scale.report.run import LATENT_NAMES, Run, column, newest, unit_of
 
-COLORS = ["#1f4e79", "#c0504d", "#4f8a5b", "#8064a2", "#b8860b", "#3b9ab2", "#7f7f7f", "#d17ba8"]
-MARKERS = "osD^vP*X"
+COLORS = ["#1f4e79", "#c0504d", "#4f8a5b", "#8064a2", "#b8860b", "#3b9ab2", "#7f7f7f", "#d17ba8", "#2f2f2f"]
+MARKERS = "osD^vP*Xh"
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,

@@ -23,14 +23,18 @@ def kl_against_p(rows: Sequence[Row], output: Path) -> bool:
 
 
 def against_steps(metric: str, label: str) -> Plot:
-    """A figure of one metric against the number of steps, a curve for each method."""
+    """A figure of one upper bound against the number of steps, a curve for each method; of several the lowest."""
 
     def plot(rows: Sequence[Row], output: Path) -> bool:
         curves: Curves = {}
+        tightest: dict[tuple[str, float], Row] = {}
         for r in rows:
             if r.metric == metric and r.steps != "inf":
                 name = r.method if r.blocks == 1 else f"{r.method}, {r.blocks} blocks"
-                curves.setdefault(name, []).append((float(r.steps), r.mean, r.std or 0.0))
+                best = tightest.setdefault((name, float(r.steps)), r)
+                tightest[name, float(r.steps)] = min(best, r, key=lambda row: row.mean)
+        for (name, steps), r in tightest.items():
+            curves.setdefault(name, []).append((steps, r.mean, r.std or r.standard_error or 0.0))
         return _save(curves, output, "sampling steps of a row", label, log=True)
 
     return plot
