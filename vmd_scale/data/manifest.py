@@ -60,6 +60,7 @@ class Manifest(Record):
     row_specials: bool
     corpus: str
     source: str | dict[Literal["train", "validation", "test"], str] | None
+    text_column: str | None = None
     normalizer: str
     validation_documents: int | None
     licence: str | None
@@ -146,6 +147,7 @@ def check_compatible(manifest: Manifest, config: DataConfig, tokenizer: Tokenize
         "packing": config.packing,
         "row_specials": config.row_specials,
         "normalizer": normalizer_name(config),
+        "text_column": config.text_column,
         "validation_documents": config.validation_documents,
         "source": manifest.source if config.source is None else config.source,
     }
