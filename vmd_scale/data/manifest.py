@@ -73,6 +73,15 @@ class Manifest(Record):
         return self
 
     @property
+    def summary(self) -> str:
+        """What must be the same in two folders for their figures to compare: all but the source."""
+        specials = ", row specials" if self.row_specials else ""
+        return (
+            f"{self.corpus}, normalizer {self.normalizer}, tokenizer {self.tokenizer_fingerprint[:12]} of "
+            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}"
+        )
+
+    @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype on disk, little-endian everywhere."""
         return np.dtype(self.dtype).newbyteorder("<")
