@@ -66,7 +66,13 @@ class DataConfig(Section):
     source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
         default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
     )
-    tokenizer: str = Field(description="text8, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files")
+    text_column: str | None = Field(
+        default=None,
+        description='where records of .jsonl, .parquet and the hub have their text; null: "text" or the corpus\' own',
+    )
+    tokenizer: str = Field(
+        description="text8, text8_mdlm, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files"
+    )
     row_length: int = Field(ge=2, description="tokens in a row, L")
     packing: Literal["wrap", "pad"] = Field(
         default="wrap", description="wrap: concatenate and cut every L; pad: one document a row"
@@ -74,7 +80,7 @@ class DataConfig(Section):
     row_specials: bool = Field(
         default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
     )
-    normalizer: Literal["none", "text8", "lm1b"] | None = Field(
+    normalizer: Literal["none", "text8", "lm1b", "ptb", "wikitext", "lambada", "scientific"] | None = Field(
         default=None, description="text clean-up before tokenization; null: what the corpus is published with"
     )
     validation_documents: int | None = Field(

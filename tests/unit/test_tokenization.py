@@ -59,6 +59,29 @@ def test_text8_ids_and_mask() -> None:
     assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (None, None, None)
 
 
+def test_text8_of_mdlm_has_35_ids() -> None:
+    tokenizer = load_tokenizer("text8_mdlm")
+    assert tokenizer.vocab_size == 35
+    assert tokenizer.encode("az ").tolist() == [8, 33, 34]
+    assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (2, 3, 5)
+    assert tokenizer.decode([2, 8, 35, 34, 3]) == "[BOS]a_ [EOS]"
+    assert tokenizer.fingerprint != load_tokenizer("text8").fingerprint
+    with pytest.raises(UserError, match="'\\['"):
+        tokenizer.encode("[BOS]")
+    plain = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+    assert plain.encode("a z").ids == [8, 34, 33]
+
+
+def test_fingerprints_outlive_versions() -> None:
+    """They lie in everybody's shards and checkpoints."""
+    known = {
+        "text8": "5ef262438dfd6bc5",
+        "sudoku": "98bd45db570ce80b",
+        "symbols:10": "afb69b545fc82a6a",
+    }
+    assert {name: load_tokenizer(name).fingerprint[:16] for name in known} == known
+
+
 def test_sudoku_ids() -> None:
     tokenizer = load_tokenizer("sudoku")
     assert tokenizer.encode("129").tolist() == [0, 1, 8]
@@ -148,7 +171,7 @@ def test_sentencepiece(sentencepiece_file: Path) -> None:
     assert tokenizer.decode([*ids[:1], tokenizer.vocab_size, *ids[1:]]).count("[MASK]") == 1
 
 
-@pytest.mark.parametrize("name", ["text8", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])
+@pytest.mark.parametrize("name", ["text8", "text8_mdlm", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])
 def test_export_and_pickle_keep_the_ids(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, sentencepiece_file: Path
 ) -> None:
@@ -160,7 +183,9 @@ def test_export_and_pickle_keep_the_ids(
         tokenizer = load_tokenizer(str(sentencepiece_file) if name == "sentencepiece" else name)
     for file, content in tokenizer.files().items():
         (tmp_path / file).write_bytes(content)
-    text = {"text8": "some words", "sudoku": "987", "symbols:300": "0 299"}.get(name, ENGLISH)
+    text = {"text8": "some words", "text8_mdlm": "some words", "sudoku": "987", "symbols:300": "0 299"}.get(
+        name, ENGLISH
+    )
     for copy in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.vocab_size == tokenizer.vocab_size

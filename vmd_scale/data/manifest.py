@@ -60,6 +60,7 @@ class Manifest(Record):
     row_specials: bool
     corpus: str
     source: str | dict[Literal["train", "validation", "test"], str] | None
+    text_column: str | None = None
     normalizer: str
     validation_documents: int | None
     licence: str | None
@@ -70,6 +71,15 @@ class Manifest(Record):
         if self.dtype != token_dtype(self.vocab_size).name and self.dtype != "uint32":
             raise ValueError(f"dtype {self.dtype} is too small for a vocabulary of {self.vocab_size} and the mask")
         return self
+
+    @property
+    def summary(self) -> str:
+        """What must be the same in two folders for their figures to compare: all but the source."""
+        specials = ", row specials" if self.row_specials else ""
+        return (
+            f"{self.corpus}, normalizer {self.normalizer}, tokenizer {self.tokenizer_fingerprint[:12]} of "
+            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}"
+        )
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -146,6 +156,7 @@ def check_compatible(manifest: Manifest, config: DataConfig, tokenizer: Tokenize
         "packing": config.packing,
         "row_specials": config.row_specials,
         "normalizer": normalizer_name(config),
+        "text_column": config.text_column,
         "validation_documents": config.validation_documents,
         "source": manifest.source if config.source is None else config.source,
     }

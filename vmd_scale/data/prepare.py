@@ -140,6 +140,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
         row_specials=config.row_specials,
         corpus=config.corpus,
         source=corpus.origin if source is None else source,
+        text_column=config.text_column,
         normalizer=normalizer_name(config),
         validation_documents=config.validation_documents,
         licence=corpus.licence,

@@ -29,6 +29,10 @@ class LatentUsage:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def describe(self) -> str:
+        by_ratio = ", ".join(f"{kl:.3f} at {ratio}" for ratio, kl in self.kl_by_mask_ratio.items())
+        return f"{self.active_units} of {self.latent_width} units active; KL in nats, by mask ratio: {by_ratio}"
+
 
 @torch.no_grad()
 def latent_usage(

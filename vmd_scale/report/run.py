@@ -125,7 +125,9 @@ def unit_of(config: Config) -> str:
     """What a token of this run is called."""
     tokenizer = config.data.tokenizer
     return (
-        "character" if tokenizer in ("text8", "sudoku") or (Path(tokenizer) / "characters.json").is_file() else "token"
+        "character"
+        if tokenizer in ("text8", "text8_mdlm", "sudoku") or (Path(tokenizer) / "characters.json").is_file()
+        else "token"
     )
 
 

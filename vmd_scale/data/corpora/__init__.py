@@ -15,6 +15,7 @@ from vmd_scale.data.corpora import (  # noqa: F401  they register themselves
     text8,
     toy2d,
     two_tokens,
+    zero_shot,
 )
 from vmd_scale.data.corpora.registry import CORPORA, SPLITS, Corpus, Document, corpus, find_corpus
 from vmd_scale.data.normalize import NORMALIZERS
