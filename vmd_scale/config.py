@@ -68,9 +68,12 @@ class DataConfig(Section):
     )
     tokenizer: str = Field(description="text8, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files")
     row_length: int = Field(ge=2, description="tokens in a row, L")
-    packing: Literal["wrap", "pad"] = Field(
-        default="wrap", description="wrap: concatenate and cut every L; pad: one document a row"
+    packing: Literal["wrap", "pad", "document"] = Field(
+        default="wrap",
+        description="wrap: concatenate and cut every L; pad: one document a row; document: several whole documents a "
+        "row, each attends to itself only and has a latent of its own",
     )
+    documents_per_row: int = Field(default=8, ge=1, description="at most, with packing document")
     row_specials: bool = Field(
         default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
     )
@@ -230,6 +233,17 @@ class Config(Section):
                 f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
                 "scope 'block' needs a block size, scope 'row' none"
             )
+        if self.data.packing == "document":
+            if block is not None:
+                raise ValueError(
+                    f"diffusion.block_size ({block}) would cut through the documents of data.packing 'document'; "
+                    "use packing 'pad' or 'wrap'"
+                )
+            if diffusion.objective == "iw":
+                raise ValueError(
+                    "diffusion.objective 'iw' weighs whole rows: data.packing 'document' has several documents in one; "
+                    "use packing 'pad'"
+                )
         if latent.prior == "conditional" and (latent.width == 0 or block is not None):
             raise ValueError(
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
@@ -261,6 +275,11 @@ class Config(Section):
     def groups(self) -> int:
         """Blocks of a row, G: each has its own time and, with a latent, its own z."""
         return self.data.row_length // (self.diffusion.block_size or self.data.row_length)
+
+    @property
+    def documents(self) -> int:
+        """Documents of a row at most, N, each with its own z; 1 where a row is not told apart into documents."""
+        return self.data.documents_per_row if self.data.packing == "document" else 1
 
     @property
     def zero_stage(self) -> int:

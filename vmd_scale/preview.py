@@ -24,7 +24,7 @@ def preview(config: Config, tokenizer: Tokenizer, rows: int = 3) -> str:
     lines = [f"{reader.rows:,} rows of {length} tokens, vocabulary {tokenizer.vocab_size:,} and the mask symbol"]
     for batch in evaluation_batches(reader, numbers, micro_batch=1):
         maskable, attend = masks_of(batch, reader.manifest)
-        real = torch.ones_like(maskable) if attend is None else attend
+        real = torch.ones_like(maskable) if attend is None else attend != 0
         lines.append(f"\nrow {batch.rows[0]}: {int(real.sum())} tokens, {int(maskable.sum())} of them counted")
         lines.append(f"  clean  | {_text(tokenizer, batch.tokens[real])}")
         u_path = noise.uniform(Stream.PATH, 0, batch.rows, (groups, length // groups))

@@ -88,7 +88,7 @@ def pretrain(desk, *settings):
         (["training.steps=0"], "training.steps: input should be greater than or equal to 1, found 0"),
         (["model.tie_embeddings=1"], "model.tie_embeddings: input should be a valid boolean, found 1"),
         (["training.betas=[0.9]"], "missing key 'training.betas.1'"),
-        (["data.packing=loose"], "data.packing: input should be 'wrap' or 'pad', found 'loose'"),
+        (["data.packing=loose"], "data.packing: input should be 'wrap', 'pad' or 'document', found 'loose'"),
         (["training.steps"], "--set training.steps: expected KEY=VALUE"),
         (["training.steps.more=1"], "--set training.steps.more=1: steps is a value, not a section"),
         (["training.micro_batch=3"], "training.global_batch (8) must be a multiple of training.micro_batch (3)"),

@@ -59,7 +59,7 @@ def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("packing", ["wrap", "pad"])
+@pytest.mark.parametrize("packing", ["wrap", "pad", "document"])
 def test_output_does_not_depend_on_workers(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
     write_text(tmp_path, 1000)

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -23,12 +23,21 @@ CHUNKS_AHEAD = 4  # for each worker: what may be read but not yet written
 
 @dataclass
 class TextCounts:
-    """What went in, empty documents apart; characters and bytes of the normalised text."""
+    """What went in, empty documents apart; characters and bytes of the normalised text.
+
+    `lengths` counts the documents of 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ...
+    """
 
     documents: int = 0
     skipped_documents: int = 0
     characters: int = 0
     utf8_bytes: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def add_length(self, tokens: int) -> None:
+        at = max(0, tokens.bit_length() - 1)
+        self.lengths.extend([0] * (at + 1 - len(self.lengths)))
+        self.lengths[at] += 1
 
     def add(self, other: "TextCounts") -> None:
         self.documents += other.documents
@@ -84,9 +93,15 @@ def encoded_documents(
     encoder = Encoder(tokenizer, normalizer_name(config))
     chunks = _chunks(raw_documents(config, split))
     results = map(encoder.encode, chunks) if config.workers == 1 else _in_processes(encoder, chunks, config.workers)
+    length = 0
     for encoded, more in results:
         counts.add(more)
-        yield from encoded
+        for document in encoded:
+            length += len(document.tokens)
+            if document.last:
+                counts.add_length(length)
+                length = 0
+            yield document
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:

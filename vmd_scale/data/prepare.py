@@ -23,11 +23,12 @@ from vmd_scale.data.manifest import (
     Manifest,
     SplitRecord,
     check_compatible,
+    documents_per_row,
     parse_manifest,
     token_dtype,
 )
 from vmd_scale.data.packing import PackingCounts, check_packing, pack
-from vmd_scale.data.roles import Role
+from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, SplitWriter
 from vmd_scale.errors import UserError
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
@@ -137,6 +138,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
         dtype="uint16" if token_dtype(tokenizer.vocab_size) == np.uint16 else "uint32",
         row_length=config.row_length,
         packing=config.packing,
+        documents_per_row=documents_per_row(config),
         row_specials=config.row_specials,
         corpus=config.corpus,
         source=corpus.origin if source is None else source,
@@ -167,7 +169,7 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
     with tqdm(desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for packed in pack(encoded_documents(config, split, tokenizer, text), config, tokenizer, packing):
             writer.append(packed.tokens, packed.roles)
-            counted = packed.tokens if packed.roles is None else packed.tokens[packed.roles == Role.ORDINARY]
+            counted = packed.tokens if packed.roles is None else packed.tokens[is_counted(packed.roles)]
             frequencies += np.bincount(counted.ravel(), minlength=tokenizer.vocab_size)
             rows += len(packed.tokens)
             bar.update(packed.tokens.size)
@@ -183,7 +185,9 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
         documents=text.documents,
         skipped_documents=text.skipped_documents,
         truncated_documents=packing.truncated_documents,
+        split_documents=packing.split_documents,
         dropped_tokens=packing.dropped_tokens,
+        document_lengths=tuple(text.lengths),
         characters=text.characters,
         utf8_bytes=text.utf8_bytes,
         unigram_entropy=unigram_entropy(frequencies),
