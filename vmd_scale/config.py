@@ -61,10 +61,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(Section):
+class CorpusConfig(Section):
     corpus: str = Field(description="a named corpus (vmd_scale/data/corpora): python_docs, text8, lm1b, ...")
     source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
         default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
+    )
+    normalizer: Literal["none", "text8", "lm1b"] | None = Field(
+        default=None, description="text clean-up before tokenization; null: what the corpus is published with"
+    )
+    validation_documents: int | None = Field(
+        default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
+    )
+    shards: str = Field(description="folder of the prepared shards")
+    weight: float = Field(default=1.0, gt=0, description="share of the training rows, in proportion to the others'")
+
+
+class DataConfig(CorpusConfig):
+    mixture: tuple[CorpusConfig, ...] = Field(
+        default=(), description="more corpora to train on; bounds are computed on this section's own corpus"
     )
     tokenizer: str = Field(description="text8, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files")
     row_length: int = Field(ge=2, description="tokens in a row, L")
@@ -77,15 +91,23 @@ class DataConfig(Section):
     row_specials: bool = Field(
         default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
     )
-    normalizer: Literal["none", "text8", "lm1b"] | None = Field(
-        default=None, description="text clean-up before tokenization; null: what the corpus is published with"
-    )
-    validation_documents: int | None = Field(
-        default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
-    )
-    shards: str = Field(description="folder of the prepared shards")
     shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Self:
+        folders = [self.shards, *(each.shards for each in self.mixture)]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(
+                    f"data.mixture: two corpora have the same shards, {folder!r}; each needs its own folder"
+                )
+        return self
+
+    def corpora(self) -> tuple["DataConfig", ...]:
+        """This corpus and those of the mixture, each with all of its settings."""
+        alone = self.model_copy(update={"mixture": ()})
+        return (alone, *(alone.model_copy(update=dict(each)) for each in self.mixture))
 
 
 class ModelConfig(Section):

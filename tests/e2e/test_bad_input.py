@@ -113,6 +113,14 @@ def pretrain(desk, *settings):
             ["diffusion.block_size=5", "latent.scope=block"],
             "diffusion.block_size (5) must divide data.row_length (32)",
         ),
+        (
+            ["data.packing=document", "diffusion.block_size=8", "latent.scope=block"],
+            "diffusion.block_size (8) would cut through the documents of data.packing 'document'",
+        ),
+        (
+            ["data.packing=document", "diffusion.objective=iw", "diffusion.steps=1"],
+            "'iw' weighs whole rows: data.packing 'document'",
+        ),
         (["latent.scope=block"], "latent.scope 'block' contradicts diffusion.block_size None"),
         (["deepspeed.train_batch_size=16"], "deepspeed.train_batch_size (16) contradicts training.global_batch"),
         (["deepspeed.gradient_clipping=2"], "deepspeed.gradient_clipping (2) contradicts training.gradient_clip"),

@@ -134,6 +134,7 @@ def test_noise_of_a_document_does_not_depend_on_how_many_there_may_be() -> None:
     assert not many.kl_weight[:, 3:].any()
 
 
+@torch.no_grad()
 def test_bounds_of_packed_rows() -> None:
     """With T = 1 all of a row is masked at once: the bounds are those of the documents alone, with the same latents."""
     model = model_of("adaln")

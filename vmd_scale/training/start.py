@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
-from vmd_scale.data.prepare import prepare
+from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.data.verification import remember, verify_share
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import write_atomically
 from vmd_scale.model.attention import flash_available
@@ -53,19 +53,21 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
 
     Raises:
         UserError: on every rank, what is wrong with the data.
+        RunFailed: on every rank, the preparation broke off.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
-    problem: list[str | None] = [None]
+    problem: list[UserError | RunFailed | None] = [None]
     if world.is_main:
         try:
-            prepare(config.data)
-        except UserError as error:
-            problem = [str(error)]
+            prepare_all(config.data)
+        except (UserError, RunFailed) as error:
+            problem = [error]
     dist.broadcast_object_list(problem, src=0, group=group)
     if problem[0] is not None:
-        raise UserError(problem[0])
+        raise problem[0]
     check_ranks(config, world)
-    check_compatible(read_manifest(config.data.shards), config.data, tokenizer)
+    for data in config.data.corpora():
+        check_compatible(read_manifest(data.shards), data, tokenizer)
     _verify_together(config, world, group)
     dist.destroy_process_group(group)
 
@@ -79,14 +81,16 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
             get_protocol(protocol).check(manifest)
         if ShardReader(config.data.shards, "validation", manifest).rows < 2:
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
-    answers: list[Any] = [None] * world.size
-    mine = verify_share(config.data.shards, splits, world.rank, world.size)
-    dist.all_gather_object(answers, mine, group=group)
-    for problem, _ in answers:
-        if problem is not None:
-            raise UserError(problem)
-    if world.is_main:
-        remember(config.data.shards, [good for _, good in answers])
+    for data in config.data.corpora():
+        answers: list[Any] = [None] * world.size
+        mine = verify_share(data.shards, splits, world.rank, world.size)
+        dist.all_gather_object(answers, mine, group=group)
+        for problem, _ in answers:
+            if problem is not None:
+                raise UserError(problem)
+        if world.is_main:
+            remember(data.shards, [good for _, good in answers])
+        splits = ["train"]  # of those of a mixture
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
