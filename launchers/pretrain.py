@@ -65,10 +65,10 @@ def dry_run(config: Config, ranks: int | None) -> str:
 
 
 def show_rows(config: Config) -> str:
-    from vmd_scale.data.prepare import prepare
+    from vmd_scale.data.prepare import prepare_all
     from vmd_scale.preview import preview
 
-    prepare(config.data)
+    prepare_all(config.data)
     return preview(config, load_tokenizer(config.data.tokenizer))
 
 

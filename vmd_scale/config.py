@@ -61,7 +61,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(Section):
+class CorpusConfig(Section):
     corpus: str = Field(description="a named corpus (vmd_scale/data/corpora): python_docs, text8, lm1b, ...")
     source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
         default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
@@ -70,16 +70,6 @@ class DataConfig(Section):
         default=None,
         description='where records of .jsonl, .parquet and the hub have their text; null: "text" or the corpus\' own',
     )
-    tokenizer: str = Field(
-        description="text8, text8_mdlm, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files"
-    )
-    row_length: int = Field(ge=2, description="tokens in a row, L")
-    packing: Literal["wrap", "pad"] = Field(
-        default="wrap", description="wrap: concatenate and cut every L; pad: one document a row"
-    )
-    row_specials: bool = Field(
-        default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
-    )
     normalizer: Literal["none", "text8", "lm1b", "ptb", "wikitext", "lambada", "scientific"] | None = Field(
         default=None, description="text clean-up before tokenization; null: what the corpus is published with"
     )
@@ -87,8 +77,43 @@ class DataConfig(Section):
         default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
     )
     shards: str = Field(description="folder of the prepared shards")
+    weight: float = Field(default=1.0, gt=0, description="share of the training rows, in proportion to the others'")
+
+
+class DataConfig(CorpusConfig):
+    mixture: tuple[CorpusConfig, ...] = Field(
+        default=(), description="more corpora to train on; bounds are computed on this section's own corpus"
+    )
+    tokenizer: str = Field(
+        description="text8, text8_mdlm, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files"
+    )
+    row_length: int = Field(ge=2, description="tokens in a row, L")
+    packing: Literal["wrap", "pad", "document"] = Field(
+        default="wrap",
+        description="wrap: concatenate and cut every L; pad: one document a row; document: several whole documents a "
+        "row, each attends to itself only and has a latent of its own",
+    )
+    documents_per_row: int = Field(default=8, ge=1, description="at most, with packing document")
+    row_specials: bool = Field(
+        default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
+    )
     shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Self:
+        folders = [self.shards, *(each.shards for each in self.mixture)]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(
+                    f"data.mixture: two corpora have the same shards, {folder!r}; each needs its own folder"
+                )
+        return self
+
+    def corpora(self) -> tuple["DataConfig", ...]:
+        """This corpus and those of the mixture, each with all of its settings."""
+        alone = self.model_copy(update={"mixture": ()})
+        return (alone, *(alone.model_copy(update=dict(each)) for each in self.mixture))
 
 
 class ModelConfig(Section):
@@ -236,6 +261,17 @@ class Config(Section):
                 f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
                 "scope 'block' needs a block size, scope 'row' none"
             )
+        if self.data.packing == "document":
+            if block is not None:
+                raise ValueError(
+                    f"diffusion.block_size ({block}) would cut through the documents of data.packing 'document'; "
+                    "use packing 'pad' or 'wrap'"
+                )
+            if diffusion.objective == "iw":
+                raise ValueError(
+                    "diffusion.objective 'iw' weighs whole rows: data.packing 'document' has several documents in one; "
+                    "use packing 'pad'"
+                )
         if latent.prior == "conditional" and (latent.width == 0 or block is not None):
             raise ValueError(
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
@@ -267,6 +303,11 @@ class Config(Section):
     def groups(self) -> int:
         """Blocks of a row, G: each has its own time and, with a latent, its own z."""
         return self.data.row_length // (self.diffusion.block_size or self.data.row_length)
+
+    @property
+    def documents(self) -> int:
+        """Documents of a row at most, N, each with its own z; 1 where a row is not told apart into documents."""
+        return self.data.documents_per_row if self.data.packing == "document" else 1
 
     @property
     def zero_stage(self) -> int:

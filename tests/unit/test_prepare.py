@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from vmd_scale.config import DataConfig
@@ -59,7 +60,7 @@ def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("packing", ["wrap", "pad"])
+@pytest.mark.parametrize("packing", ["wrap", "pad", "document"])
 def test_output_does_not_depend_on_workers(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
     write_text(tmp_path, 1000)
@@ -76,13 +77,16 @@ def test_a_killed_preparation_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     arguments = ["--config", str(tmp_path / "config.json"), "--set", "data.workers=2"]
     process = launch(tmp_path, *arguments)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(folder.glob("train-0000[1-9].tokens")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    workers = workers_of(process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
     assert not (folder / "manifest.json").exists()
     with pytest.raises(UserError, match=r"launchers/prepare_data\.py"):
         ShardReader(folder, "train")
@@ -94,6 +98,32 @@ def test_a_killed_preparation_is_resumed(tmp_path: Path) -> None:
     undisturbed = data(tmp_path, shards=str(tmp_path / "undisturbed"))
     prepare(undisturbed, progress=False)
     assert files(folder) == files(undisturbed.shards)
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if any("spawn_main" in part for part in child.cmdline())]
+
+
+def test_a_killed_worker_ends_the_preparation_with_an_error(tmp_path: Path) -> None:
+    """Not with a wait for ever; what comes after is as if nothing had happened."""
+    write_text(tmp_path, 60_000)
+    process = launch(tmp_path, "--config", "config.json", "--set", "data.workers=2")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "shards" / "train-00001.tokens").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    workers_of(process)[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a worker process of the preparation (data.workers=2) was killed" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    prepare(data(tmp_path), progress=False)
+    undisturbed = data(tmp_path, shards=str(tmp_path / "undisturbed"))
+    prepare(undisturbed, progress=False)
+    assert files(tmp_path / "shards") == files(undisturbed.shards)
 
 
 def test_finished_splits_of_a_killed_preparation_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +247,9 @@ def test_launcher(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert "unigram entropy" in output
     assert list(json.loads((tmp_path / "out.json").read_text())["splits"]) == ["train", "validation"]
+    output, errors = launch(tmp_path, "inspect", "shards", "--plot", "lengths.png").communicate(timeout=60)
+    assert "train: documents by their length in tokens" in output, errors
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     for action, expected in [("verify", "is as it was written"), ("inspect", "train[0]: ' document zero")]:
         output, errors = launch(tmp_path, action, "shards").communicate(timeout=60)
         assert expected in output, errors

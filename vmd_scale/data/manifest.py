@@ -13,7 +13,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import write_atomically
 from vmd_scale.tokenization import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no packing `document` and no lengths of documents
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 
@@ -42,7 +42,11 @@ class SplitRecord(Record):
     documents: int = Field(ge=0, description="documents that went in")
     skipped_documents: int = Field(ge=0, description="empty ones, left out")
     truncated_documents: int = Field(ge=0, description="cut off at the row's end (pad)")
+    split_documents: int = Field(default=0, ge=0, description="longer than a row, cut into several (document)")
     dropped_tokens: int = Field(ge=0, description="the remainder that filled no row (wrap)")
+    document_lengths: tuple[int, ...] = Field(
+        default=(), description="how many documents have 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ..."
+    )
     characters: int = Field(ge=0, description="of the normalised text that went in")
     utf8_bytes: int = Field(ge=0, description="of the normalised text that went in")
     unigram_entropy: float = Field(ge=0, description="nats per counted token: what a model without context can reach")
@@ -56,7 +60,8 @@ class Manifest(Record):
     vocab_size: int = Field(ge=1, description="without the mask symbol, whose id it is")
     dtype: Literal["uint16", "uint32"]
     row_length: int = Field(ge=2)
-    packing: Literal["wrap", "pad"]
+    packing: Literal["wrap", "pad", "document"]
+    documents_per_row: int | None = Field(default=None, ge=1, description="at most; of packing document")
     row_specials: bool
     corpus: str
     source: str | dict[Literal["train", "validation", "test"], str] | None
@@ -88,6 +93,10 @@ class Manifest(Record):
 
     def write(self, path: Path) -> None:
         write_atomically(path, (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode())
+
+
+def documents_per_row(config: DataConfig) -> int | None:
+    return config.documents_per_row if config.packing == "document" else None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -154,6 +163,7 @@ def check_compatible(manifest: Manifest, config: DataConfig, tokenizer: Tokenize
         "corpus": config.corpus,
         "row_length": config.row_length,
         "packing": config.packing,
+        "documents_per_row": documents_per_row(config),
         "row_specials": config.row_specials,
         "normalizer": normalizer_name(config),
         "text_column": config.text_column,

@@ -1,12 +1,15 @@
 """Documents of any length become rows of exactly L tokens.
 
-wrap   documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
-pad    one document a row, cut off at L or padded to it
-ready  documents that come as tokens (puzzles) are rows already
+wrap      documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
+pad       one document a row, cut off at L or padded to it
+document  several whole documents a row, each closed likewise; one that is longer than L is cut into several
+ready     documents that come as tokens (puzzles) are rows already
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from vmd_scale.tokenization import Tokenizer
 
 # Rows are handed on in batches of about so many tokens: big enough for numpy, small enough for any memory.
 BATCH_TOKENS = 1 << 20
+OPEN_ROWS = 64  # among which packing `document` looks for the one that a document fits best
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Rows:
 
 @dataclass
 class PackingCounts:
-    """What packing lost: documents cut off at the row's end, tokens of the remainder that filled no row."""
+    """What packing did to documents: cut off at the row's end, cut into several; tokens that filled no row."""
 
     truncated_documents: int = 0
+    split_documents: int = 0
     dropped_tokens: int = 0
 
 
@@ -49,6 +54,8 @@ def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
     """`UserError` when the rows of this configuration cannot be made with this tokenizer."""
     if not config.row_specials:
         return
+    if config.packing == "document":
+        raise UserError("data.row_specials is true, but goes with data.packing 'wrap' or 'pad', not with 'document'")
     missing = [name for name in ("begin", "end") if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(
@@ -78,6 +85,8 @@ def pack(
         return _ready(stream, config)
     if config.packing == "wrap":
         return _wrap(stream, config, tokenizer, counts)
+    if config.packing == "document":
+        return _batches(_rows_of_documents(stream, config, tokenizer, counts), config, tokenizer)
     return _pad(stream, config, tokenizer, counts)
 
 
@@ -154,6 +163,62 @@ def _padded(texts: list[np.ndarray], lengths: list[int], config: DataConfig, tok
     tokens = np.full(filled.shape, tokenizer.pad_id or 0, dtype=texts[0].dtype)
     tokens[filled] = np.concatenate(texts)
     return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
+
+
+def _rows_of_documents(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[list[np.ndarray]]:
+    """The documents of each row: best fit among a bounded number of open rows."""
+    open_rows: list[tuple[int, int, list[np.ndarray]]] = []  # (room that is left, number of the row, documents)
+    opened = 0
+    for text in _pieces_that_fit(documents, config.row_length, tokenizer, counts):
+        place = bisect_left(open_rows, (len(text), -1))
+        if place < len(open_rows):
+            room, number, row = open_rows.pop(place)
+        else:
+            room, number, row, opened = config.row_length, opened, [], opened + 1
+        row.append(text)
+        room -= len(text)
+        if not room or len(row) == config.documents_per_row:
+            yield row
+            continue
+        insort(open_rows, (room, number, row))
+        if len(open_rows) > OPEN_ROWS:
+            yield open_rows.pop(0)[2]  # the fullest
+    yield from (row for _, _, row in sorted(open_rows, key=lambda open_row: open_row[1]))
+
+
+def _pieces_that_fit(
+    documents: Iterator[EncodedDocument], length: int, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[np.ndarray]:
+    """Ids [1 .. L] of a document with its end token, or of a part of one that is longer."""
+    pieces: list[np.ndarray] = []
+    parts = 0
+    for document in documents:
+        pieces.append(document.tokens)
+        if document.last and tokenizer.end_id is not None:
+            pieces.append(np.array([tokenizer.end_id], dtype=document.tokens.dtype))
+        text = np.concatenate(pieces)
+        while len(text) > length or (len(text) == length and not document.last):
+            yield text[:length]
+            text, parts = text[length:], parts + 1
+        pieces = [text]
+        if document.last:
+            if len(text):
+                yield text
+            counts.split_documents += parts + (len(text) > 0) > 1
+            pieces, parts = [], 0
+
+
+def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Rows]:
+    while batch := list(islice(rows, -(-BATCH_TOKENS // config.row_length))):
+        filled = _padded(
+            [np.concatenate(row) for row in batch], [sum(map(len, row)) for row in batch], config, tokenizer
+        )
+        assert filled.roles is not None
+        for roles, row in zip(filled.roles, batch, strict=True):
+            roles[np.cumsum([0, *map(len, row[:-1])])] = Role.FIRST
+        yield filled
 
 
 def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:

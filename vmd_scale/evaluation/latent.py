@@ -13,6 +13,7 @@ from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.paths import random_ranks
 from vmd_scale.evaluation.perplexity import chosen_rows
 from vmd_scale.model import VMD
+from vmd_scale.model.documents import any_of
 
 MASK_RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0)
 ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519, section 5.1
@@ -55,7 +56,7 @@ def latent_usage(
         in_groups = maskable.view(len(maskable), a.groups, -1)
         u = Noise(seed).uniform(Stream.PATH, 0, batch.positions, in_groups.shape[1:])
         ranks, count = random_ranks(u, in_groups), in_groups.sum(-1, keepdim=True)
-        scored = in_groups.any(-1).to(device)
+        scored = any_of(maskable, attend, a.groups, a.documents).to(device)
         for ratio in ratios:
             masked = in_groups & (ranks <= (ratio * count).ceil())
             on_attend = None if attend is None else attend.to(device)

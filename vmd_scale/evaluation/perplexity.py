@@ -119,6 +119,12 @@ def evaluate(
         raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
     if request.paths not in LAWS:
         raise UserError(f"--paths {request.paths!r}: allowed: {', '.join(LAWS)}")
+    if reader.manifest.packing == "document" and model.architecture.latent_width:
+        held, most = reader.manifest.documents_per_row, model.architecture.documents
+        if held is None or held > most:
+            raise UserError(f"rows hold up to {held} documents, this model has latents for {most}")
+        if request.latent == "fresh":
+            raise UserError("--latent fresh is not scored where a row holds several documents; use fixed")
     rows = chosen_rows(reader.rows, request.rows)
     if len(rows) < 2:
         raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import vmd_scale.model
 
-SOURCES = ("architecture", "attention", "layers", "encoder", "head", "denoiser", "vmd")  # in order of dependence
+SOURCES = (
+    "architecture",
+    "documents",
+    "attention",
+    "layers",
+    "encoder",
+    "head",
+    "denoiser",
+    "vmd",
+)  # in order of dependence
 FILE_NAME = "modeling_vmd.py"
 HEADER = '''"""Variational masked diffusion language model, in one file: needs torch and safetensors only.
 

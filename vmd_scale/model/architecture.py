@@ -28,6 +28,7 @@ class Architecture:
     encoder_layers: int
     encoder_width: int
     prior: str = "standard"  # standard: N(0, I) | conditional: a network that reads the visible tokens
+    documents: int = 1  # of a row, at most, each with a z of its own; more than 1 only where G = 1
 
     @property
     def mask_id(self) -> int:

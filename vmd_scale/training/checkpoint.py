@@ -30,6 +30,7 @@ from vmd_scale.training.zero import ShardedMaster
 
 log = logging.getLogger(__name__)
 STAGING = ".staging-"
+MOVABLE = ("shards", "workers", "source", "shard_tokens")  # keys of data that say where and how, not what
 
 
 class Checkpointer:
@@ -284,7 +285,11 @@ def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
         )
     saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
     ours = config.model_dump(mode="json")
-    fixed = [("data", k) for k in ours["data"] if k not in ("shards", "workers", "source", "shard_tokens")]
+    for values in (saved, ours):
+        values["data"]["mixture"] = [
+            {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
+        ]
+    fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
     fixed += [("model", k) for k in ours["model"] if k != "attention"]
     fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
     fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay")]

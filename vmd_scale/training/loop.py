@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
-from vmd_scale.data.order import SampleOrder
+from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
@@ -50,8 +50,7 @@ class Trainer:
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
-        self.reader = ShardReader(config.data.shards, "train")
-        self.order = SampleOrder(self.reader.rows, training.seed)
+        self.reader, self.order = training_rows(config.data, training.seed)
         self.loader = TrainLoader(
             self.reader,
             self.order,

@@ -49,14 +49,13 @@ def facts(config: Config) -> dict[str, str]:
     package = Path(__file__).resolve().parents[1]
     for path in sorted(package.rglob("*.py")):
         code.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    manifest = Path(config.data.shards) / MANIFEST
+    manifests = {f"the manifest in {data.shards}": Path(data.shards) / MANIFEST for data in config.data.corpora()}
     return {
         "the configuration": _digest(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()),
         "the code of vmd_scale": code.hexdigest()[:12],
         "the version of torch": torch.__version__,
         "the version of deepspeed": deepspeed.__version__,
-        f"the manifest in {config.data.shards}": _digest_of_file(manifest),
-    }
+    } | {name: _digest_of_file(path) for name, path in manifests.items()}
 
 
 def check_disk(folder: Path, parameters: int, keep: int, with_ema: bool) -> None:
