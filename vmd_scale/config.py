@@ -134,7 +134,7 @@ class LatentConfig(Section):
     scope: Literal["row", "block"] = Field(default="row", description="one z a row, or one z a block of the row")
     injection: Literal["adaln", "add"] = "adaln"
     encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
-    encoder_width: int | None = Field(default=None, ge=1, description="null: model.width")
+    encoder_width: int | None = Field(default=None, ge=1, description="null: half of model.width, in whole heads")
     prior: Literal["standard", "conditional"] = Field(
         default="standard", description="standard: N(0, I); conditional: a network that reads the visible tokens"
     )
@@ -297,7 +297,7 @@ class Config(Section):
 
     @property
     def encoder_width(self) -> int:
-        return self.latent.encoder_width or self.model.width
+        return self.latent.encoder_width or self.head_width * max(1, self.model.heads // 2)
 
     @property
     def groups(self) -> int:

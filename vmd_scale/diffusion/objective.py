@@ -116,10 +116,8 @@ class Objective:
 
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
         """The loss of one micro-batch. `model` is a `VMD`, or an engine around one."""
-        nll, posterior = model(x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
-        assert x.nll_weight is not None
-        per_group = nll.unflatten(1, (self.groups, -1)).sum(-1)  # [B, G]
-        reconstruction = (x.nll_weight * per_group).sum()
+        inputs = (x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
+        reconstruction, posterior = model(*inputs, nll_weight=x.nll_weight)
         if posterior is None:
             kl, total = reconstruction.new_zeros(()), reconstruction
         else:

@@ -132,7 +132,12 @@ class Denoiser(nn.Module):
         """[..., D] -> fp32 [..., V]."""
         if self.head is not None:
             return self.head(hidden).float()
-        return (hidden @ self.embedding.weight[: self.architecture.vocab_size].T).float()
+        return (hidden @ self.output_matrix.T).float()
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """[V, D], the head; the mask symbol has no row in it."""
+        return self.embedding.weight[: self.architecture.vocab_size] if self.head is None else self.head.weight
 
     def _condition(
         self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None

@@ -76,8 +76,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: KeyValues | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=2)
+        q, k = apply_rotary(qk, rotary).chunk(2, dim=2)
         if past is not None:
             k, v = past.join(k, v)
         return self.out(attention(q, k, v, mask, self.kernel).flatten(2))

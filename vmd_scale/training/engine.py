@@ -132,6 +132,7 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.to(world.device)
+    model.fused_loss = config.zero_stage < 3
     stacks = [stack for stack in (model.denoiser, model.encoder, model.prior_network) if stack is not None]
     for stack in stacks:
         stack.blocks.recompute = config.training.activation_checkpointing == "full"
