@@ -27,6 +27,7 @@ class Architecture:
     injection: str  # adaln | add
     encoder_layers: int
     encoder_width: int
+    biases: bool = False  # of the denoiser's MLPs and head
     prior: str = "standard"  # standard: N(0, I) | conditional: a network that reads the visible tokens
 
     @property
