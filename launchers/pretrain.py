@@ -52,7 +52,7 @@ def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
-    from vmd_scale.planning import describe, peak_flops, plan
+    from vmd_scale.planning.legacy import describe, peak_flops, plan
     from vmd_scale.training.engine import resolve_precision
     from vmd_scale.training.start import check_before_start
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmd_scale.adapters import add_adapters, freeze
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch
 from vmd_scale.data.manifest import Manifest
@@ -32,6 +33,7 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
         dropout=model.dropout,
         tie_embeddings=model.tie_embeddings,
         time_conditioning=model.time_conditioning,
+        biases=model.biases,
         attention=model.attention,
         condition_width=min(CONDITION_WIDTH, model.width),
         latent_width=latent.width,
@@ -44,10 +46,20 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
 
 
 def build_model(config: Config, vocab_size: int) -> VMD:
-    """A freshly initialised model; a function of the seed alone."""
+    """A freshly initialised model, a function of the seed alone, with adapters and frozen parts where wanted.
+
+    Raises:
+        UserError: a pattern of names that nothing has.
+    """
+    training = config.training
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        return VMD(build_architecture(config, vocab_size))
+        torch.manual_seed(training.seed)
+        model = VMD(build_architecture(config, vocab_size))
+        if training.lora is not None:
+            add_adapters(model, training.lora)
+    if training.trainable or training.lora:
+        freeze(model, training.trainable)
+    return model
 
 
 def build_objective(config: Config, vocab_size: int) -> Objective:

@@ -126,6 +126,7 @@ class ModelConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tie_embeddings: bool = False
     time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
+    biases: bool = Field(default=False, description="of MLPs and head, which MDLM's weights have")
     attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = "auto"
 
 
@@ -168,6 +169,16 @@ class DiffusionConfig(Section):
     free_bits: float = Field(default=0.0, ge=0, description="nats of KL a latent group has for free")
 
 
+class LoRAConfig(Section):
+    rank: int = Field(ge=1)
+    alpha: float = Field(default=16.0, gt=0, description="the low-rank product is multiplied by alpha / rank")
+    layers: tuple[str, ...] = Field(
+        default=("*.attention.qkv", "*.attention.out", "*.mlp.up", "*.mlp.down"),
+        min_length=1,
+        description="patterns of names of linear layers",
+    )
+
+
 class TrainingConfig(Section):
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1, description="rows in an optimizer step, over all ranks and accumulation")
@@ -194,6 +205,15 @@ class TrainingConfig(Section):
         default=3600, gt=0, description="seconds without a finished step, evaluation or save until a rank ends itself"
     )
     activation_checkpointing: Literal["none", "full"] = "none"
+    init_from: str | None = Field(
+        default=None, description="weights to start from: an exported folder, a run or checkpoint, MDLM's state dict"
+    )
+    trainable: tuple[str, ...] = Field(
+        default=(),
+        description="patterns of parameter names; 'latent' stands for all parts that z needs. Empty: all, or with lora "
+        "only its own",
+    )
+    lora: LoRAConfig | None = Field(default=None, description="low-rank adapters instead of full weights")
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
 
@@ -277,6 +297,9 @@ class Config(Section):
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
                 f"diffusion.block_size {block}"
             )
+        if training.init_from is None and (training.trainable or training.lora):
+            key = "trainable" if training.trainable else "lora"
+            raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
         if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
             raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
         for key in ("zero_optimization", "bf16", "fp16"):

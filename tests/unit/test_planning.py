@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmd_scale.build import build_architecture, build_model, build_objective
 from vmd_scale.config import parse_config
-from vmd_scale.planning import denoiser_passes, masked_share, plan, training_flops_per_token
+from vmd_scale.planning.legacy import denoiser_passes, masked_share, plan, training_flops_per_token
 from vmd_scale.training.launch import first_host
 from vmd_scale.training.optim import learning_rate_at
 

@@ -14,7 +14,7 @@ from vmd_scale.build import build_architecture
 from vmd_scale.data.corpora.four_tokens import four_tokens_distribution
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
-from vmd_scale.planning import plan
+from vmd_scale.planning.legacy import plan
 from vmd_scale.reproduction.measures import count_rows, exact_bound, js_divergence, kl_divergence
 from vmd_scale.reproduction.page import rows_of, write_page
 from vmd_scale.reproduction.runs import jobs_of

@@ -23,11 +23,11 @@ class Denoiser(nn.Module):
         # alike, and z could not say which token belongs where.
         self.position = nn.Embedding(a.row_length, a.width)
         self.blocks = Stack(
-            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, self.kernel, condition)
+            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, self.kernel, condition, a.biases)
             for _ in range(a.layers)
         )
         self.norm = Norm(a.width, a.norm)
-        self.head = None if a.tie_embeddings else nn.Linear(a.width, a.vocab_size, bias=False)
+        self.head = None if a.tie_embeddings else nn.Linear(a.width, a.vocab_size, bias=a.biases)
         self.latent_to_condition = None
         self.latent_to_embedding = None
         if a.latent_width and a.injection == "adaln":

@@ -31,12 +31,12 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Two layers with GELU, or SwiGLU of the same number of parameters."""
 
-    def __init__(self, width: int, ratio: float, kind: str) -> None:
+    def __init__(self, width: int, ratio: float, kind: str, bias: bool = False) -> None:
         super().__init__()
         self.gated = kind == "swiglu"
         hidden = 8 * math.ceil(width * ratio * (2 / 3 if self.gated else 1) / 8)
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -94,12 +94,21 @@ class Block(nn.Module):
     """Pre-norm transformer block. With a condition, adaLN: starts as the unconditioned block (zero modulation)."""
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, mlp: str, norm: str, dropout: float, kernel: str, condition: int
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        mlp: str,
+        norm: str,
+        dropout: float,
+        kernel: str,
+        condition: int,
+        biases: bool = False,
     ) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = Norm(width, norm), Norm(width, norm)
         self.attention = SelfAttention(width, heads, kernel)
-        self.mlp = MLP(width, mlp_ratio, mlp)
+        self.mlp = MLP(width, mlp_ratio, mlp, biases)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(condition, 6 * width) if condition else None
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
-from vmd_scale.planning import plan
+from vmd_scale.planning.legacy import plan
 from vmd_scale.provenance import command, hardware, today
 from vmd_scale.reproduction.runs import Job
 from vmd_scale.reproduction.task import Measurement, Row, Task

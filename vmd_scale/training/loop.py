@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
+from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.mixture import training_rows
@@ -19,7 +20,8 @@ from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
-from vmd_scale.planning import denoiser_passes, masked_share, peak_flops, training_flops_per_token
+from vmd_scale.initial_weights import initialize_from
+from vmd_scale.planning.legacy import denoiser_passes, masked_share, peak_flops, training_flops_per_token
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
@@ -45,6 +47,8 @@ class Trainer:
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
+        if training.init_from is not None and not world.any(bool(whole_checkpoints(run_folder / "checkpoints")))[0]:
+            initialize_from(model, training.init_from, tokenizer.fingerprint)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.objective = build_objective(config, tokenizer.vocab_size)
         self.engine = build_engine(config, model, world, self.precision)
