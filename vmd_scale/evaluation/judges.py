@@ -92,7 +92,9 @@ class HuggingFaceJudge:
         try:
             import transformers
         except ImportError:
-            raise UserError("--judge FOLDER needs transformers: pip install 'vmd_scale[transformers]'; or use ngram") from None
+            raise UserError(
+                "--judge FOLDER needs transformers: pip install 'vmd_scale[transformers]'; or use ngram"
+            ) from None
         if not Path(folder).is_dir():
             raise UserError(f"--judge {folder}: no such folder; expected a Hugging Face model folder, or ngram")
         try:
