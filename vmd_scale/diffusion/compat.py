@@ -19,7 +19,6 @@ INTERVALS = ("full", "mdlm_compat")
 MDLM_EPSILON = 1e-3
 
 
-@torch.no_grad()
 def compat_estimate(
     model: VMD, rows: Rows, counted: Tensor, interval: str, noise: Noise, total_rows: int, draw: int = 0
 ) -> Tensor:
@@ -29,15 +28,21 @@ def compat_estimate(
         counted: bool [B, L], those of the maskable positions whose loss is counted.
         interval: of t, full is (0, 1].
         total_rows: rows in the whole evaluation set: times are stratified over it.
+    """
+    epsilon = {"full": 0.0, "mdlm_compat": MDLM_EPSILON}[interval]
+    u = stratified(noise, draw, rows.numbers, total_rows, model.architecture.groups)
+    return estimate_at(model, rows, counted, epsilon + (1 - epsilon) * (1 - u), 1 - epsilon, noise, draw)
+
+
+@torch.no_grad()
+def estimate_at(model: VMD, rows: Rows, counted: Tensor, t: Tensor, scale: float, noise: Noise, draw: int) -> Tensor:
+    """The estimate at given times t, float64 [B, G]: masked with probability scale * t, weight 1 / t.
 
     With a latent, its KL is counted once, as in the ELBO.
     """
     a, device = model.architecture, next(model.parameters()).device
-    epsilon = {"full": 0.0, "mdlm_compat": MDLM_EPSILON}[interval]
-    in_groups = (a.groups, a.row_length // a.groups)
-    t = epsilon + (1 - epsilon) * (1 - stratified(noise, draw, rows.numbers, total_rows, a.groups))
-    u = noise.uniform(Stream.PATH, draw, rows.numbers, in_groups)
-    masked = (u <= ((1 - epsilon) * t).unsqueeze(-1)).flatten(1) & rows.maskable
+    u = noise.uniform(Stream.PATH, draw, rows.numbers, (a.groups, a.row_length // a.groups))
+    masked = (u <= (scale * t).unsqueeze(-1)).flatten(1) & rows.maskable
     latent_noise = None
     if a.latent_width:
         latent_noise = noise.normal(Stream.LATENT, draw, rows.numbers, (a.groups, a.latent_width)).to(device)

@@ -115,6 +115,8 @@ def evaluate(
     """
     if request.draws < 1:
         raise UserError(f"--draws {request.draws}: must be at least 1")
+    if request.until_error is not None and not request.until_error > 0:
+        raise UserError(f"--until-error {request.until_error:g}: must be greater than 0")
     if request.latent not in ("fixed", "fresh"):
         raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
     if request.paths not in LAWS:
