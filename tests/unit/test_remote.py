@@ -106,9 +106,10 @@ def same_rows(reader: ShardReader, prepared: DataConfig, rows: np.ndarray | None
 
 def held(cache: ShardCache) -> int:
     total = 0
-    for path in cache.folder.iterdir():
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
+    with cache.counting():
+        for path in cache.folder.iterdir():
+            with suppress(FileNotFoundError):  # what failed to come is thrown away at any time
+                total += path.stat().st_size
     return total
 
 

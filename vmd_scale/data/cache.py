@@ -71,13 +71,15 @@ class ShardCache:
         temporary = path.with_suffix(".tmp")
         log.info("fetching %s, %.1f MB", url, file.bytes / 1e6)
         try:
-            with _locked(self.folder / "room.lock", fcntl.LOCK_EX):
+            with self.counting():
+                temporary.unlink(missing_ok=True)  # of a process that was killed
                 self._make_room(file.bytes)
                 with open(temporary, "wb") as copy:
                     if file.bytes:
                         os.posix_fallocate(copy.fileno(), 0, file.bytes)
             persistently(url, lambda: _copy(url, file, temporary))
-            os.replace(temporary, path)
+            with self.counting():  # a folder that is listed during a rename may show both names, or none
+                os.replace(temporary, path)
         except FileNotFoundError:
             raise UserError(f"{url}: missing, but the manifest names it") from None
         except OSError as error:
@@ -85,13 +87,19 @@ class ShardCache:
         finally:
             temporary.unlink(missing_ok=True)
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Meanwhile nobody else adds, renames or evicts a file."""
+        with _locked(self.folder / "room.lock", fcntl.LOCK_EX):
+            yield
+
     def _make_room(self, needed: int) -> None:
-        """Evict until `needed` bytes fit. The caller has the lock on the room."""
+        """Evict until `needed` bytes fit. The caller is `counting`."""
         sizes: dict[Path, tuple[float, int]] = {}  # when it was last opened, bytes
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):
                 if path.suffix == ".tmp" and _is_free(path.with_suffix(".lock")):
-                    path.unlink()  # of a process that was killed
+                    path.unlink()  # likewise
                 elif path.suffix != ".lock":
                     status = path.stat()
                     sizes[path] = status.st_mtime, status.st_size
