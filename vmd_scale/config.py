@@ -76,7 +76,7 @@ class CorpusConfig(Section):
     validation_documents: int | None = Field(
         default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
     )
-    shards: str = Field(description="folder of the prepared shards")
+    shards: str = Field(description="folder of the prepared shards, or a URL: s3://, gs://, hf://, ...")
     weight: float = Field(default=1.0, gt=0, description="share of the training rows, in proportion to the others'")
 
 
@@ -98,6 +98,10 @@ class DataConfig(CorpusConfig):
         default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
     )
     shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
+    cache: str | None = Field(
+        default=None, description="folder for local copies of remote shards; null: ~/.cache/vmd_scale/shards"
+    )
+    cache_gib: float = Field(default=100.0, gt=0, description="GiB that these copies may take on a node")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
 
     @model_validator(mode="after")

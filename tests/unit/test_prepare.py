@@ -16,6 +16,7 @@ import pytest
 from vmd_scale.config import DataConfig
 from vmd_scale.data import encode
 from vmd_scale.data.prepare import prepare
+from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.errors import UserError
 
@@ -210,6 +211,32 @@ def test_bad_text_is_one_clear_error(workers: int, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("fine\nnot Fine\n")
     with pytest.raises(UserError, match=r"'F' at position 4 .*'not Fine'"):
         prepare(data(tmp_path, normalizer="none", workers=workers), progress=False)
+
+
+@pytest.mark.parametrize("packing", ["wrap", "pad", "document"])
+def test_a_document_longer_than_a_shard_is_no_trouble(packing: str, tmp_path: Path) -> None:
+    """It goes on in the next file; what does not fit a padded row is counted."""
+    (tmp_path / "text.txt").write_text("a\n" + "b" * 1000 + "\nc\n")
+    source = {"train": str(tmp_path / "text.txt")}
+    config = data(tmp_path, source=source, packing=packing, shard_tokens=64)
+    record = prepare(config, progress=False).splits["train"]
+    reader = ShardReader(config.shards, "train")
+    tokens, roles = reader.read(np.arange(reader.rows))
+    written = tokens if roles is None else tokens[is_counted(roles)]
+    # Normalised, a line begins with a space.
+    assert record.characters == 2 + 1001 + 2
+    kept = {"wrap": record.characters - record.dropped_tokens, "pad": 2 + 16 + 2, "document": record.characters}
+    assert written.size == record.counted_tokens == kept[packing]
+    assert len(record.shards) == (1 if packing == "pad" else 16)
+    assert (record.truncated_documents, record.split_documents) == (packing == "pad", packing == "document")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_that_is_not_utf8_is_one_clear_error(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"fine\n" * 1000 + b"caf\xe9\n" + b"fine\n")
+    with pytest.raises(UserError, match=r"text\.txt: not UTF-8 at byte 5003 \(0xe9\); convert the file to UTF-8"):
+        prepare(data(tmp_path, workers=workers), progress=False)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_unknown_split(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vmd_scale.config import DataConfig
+from vmd_scale.data.remote import is_remote, read_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_atomically
 from vmd_scale.tokenization import Tokenizer
@@ -109,7 +110,13 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         UserError: not prepared (names the command), preparation unfinished, newer format, or damaged.
+        RunFailed: a remote folder that cannot be reached.
     """
+    if is_remote(folder):
+        raw = read_remote(f"{str(folder).rstrip('/')}/{MANIFEST}")
+        if raw is None:
+            raise UserError(f"data.shards {str(folder)!r}: no {MANIFEST} there; copy a prepared folder of shards to it")
+        return parse_manifest(raw, f"{folder}/{MANIFEST}")
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         state = "preparation was not finished" if (folder / PARTIAL).is_file() else "no prepared shards"
@@ -117,15 +124,15 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"data.shards {str(folder)!r}: {state} (no {MANIFEST}); run: "
             f"python launchers/prepare_data.py --config CONFIG.json --set data.shards={folder}"
         )
-    return parse_manifest(folder / MANIFEST)
+    return parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
 
 
-def parse_manifest(path: Path) -> Manifest:
-    """Read one manifest file; errors as in `read_manifest`."""
+def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
+    """One manifest from its bytes; errors as in `read_manifest`, naming `path`."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(raw)
         version = values["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, not a manifest: {error!r}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(

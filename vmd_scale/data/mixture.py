@@ -16,7 +16,7 @@ from vmd_scale.data.loader import RowOrder
 from vmd_scale.data.manifest import Manifest
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.roles import Role
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError
 
 PERIOD = 10_000
@@ -91,7 +91,7 @@ def training_rows(data: DataConfig, seed: int) -> tuple["ShardReader | MixtureRe
         UserError: see `ShardReader` and `MixtureOrder`.
     """
     corpora = data.corpora()
-    readers = [ShardReader(each.shards, "train") for each in corpora]
+    readers = [ShardReader(each.shards, "train", cache=shard_cache(each)) for each in corpora]
     if len(readers) == 1:
         return readers[0], SampleOrder(readers[0].rows, seed)
     order = MixtureOrder([reader.rows for reader in readers], [each.weight for each in corpora], seed)

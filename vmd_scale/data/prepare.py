@@ -26,9 +26,11 @@ from vmd_scale.data.manifest import (
     check_compatible,
     documents_per_row,
     parse_manifest,
+    read_manifest,
     token_dtype,
 )
 from vmd_scale.data.packing import PackingCounts, check_packing, pack
+from vmd_scale.data.remote import is_remote
 from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, SplitWriter
 from vmd_scale.errors import RunFailed, UserError
@@ -55,6 +57,8 @@ def prepare(
     """
     tokenizer = load_tokenizer(config.tokenizer)
     check_packing(config, tokenizer)
+    if is_remote(config.shards):
+        return _prepared_remotely(config, tokenizer, splits, force)
     wanted = _wanted_splits(config, splits)
     folder = Path(config.shards)
     if not force and (folder / MANIFEST).is_file() and not (folder / PARTIAL).is_file():
@@ -92,6 +96,19 @@ def prepare_all(
     first, *more = data.corpora()
     manifests = {first.shards: prepare(first, splits, progress, force)}
     return manifests | {each.shards: prepare(each, ["train"], progress, force) for each in more}
+
+
+def _prepared_remotely(config: DataConfig, tokenizer: Tokenizer, splits: Sequence[str] | None, force: bool) -> Manifest:
+    manifest = read_manifest(config.shards)
+    check_compatible(manifest, config, tokenizer)
+    missing = [split for split in splits or () if split not in manifest.splits]
+    if missing or force:
+        what = f"no {missing[0]!r} split there" if missing else "--force"
+        raise UserError(
+            f"data.shards {config.shards!r}: {what}, and remote shards are only read; prepare them in a local folder "
+            "and copy it"
+        )
+    return manifest
 
 
 def _wanted_splits(config: DataConfig, splits: Sequence[str] | None) -> tuple[str, ...]:
@@ -135,7 +152,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
     """The manifest to go on with: the finished or the partial one of the folder, or one without splits."""
     for name in (PARTIAL, MANIFEST):
         if (folder / name).is_file():
-            manifest = parse_manifest(folder / name)
+            manifest = parse_manifest((folder / name).read_bytes(), folder / name)
             check_compatible(manifest, config, tokenizer)
             for split in manifest.splits:
                 ShardReader(folder, split, manifest)  # all files there, with their sizes

@@ -1,12 +1,14 @@
 """What a position of a row is for."""
 
 from enum import IntEnum
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from torch import Tensor
 
-Roles = TypeVar("Roles", np.ndarray, Tensor)
+if TYPE_CHECKING:  # those who prepare shards in many processes need no PyTorch
+    from torch import Tensor
+
+Roles = TypeVar("Roles", np.ndarray, "Tensor")
 
 
 class Role(IntEnum):

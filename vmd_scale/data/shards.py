@@ -6,8 +6,10 @@ manifest.json        everything else
 """
 
 import hashlib
+import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +17,19 @@ from typing import IO
 
 import numpy as np
 
+from vmd_scale.config import DataConfig
+from vmd_scale.data.cache import CacheFull, ShardCache
 from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
+from vmd_scale.data.remote import is_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 
+DEFAULT_CACHE_BYTES = 100 * 2**30
+READERS = 16  # of a node, that may hold remote files mapped without being in each other's way
+PATIENCE = 60.0  # seconds for those who do not hold, but read
 MAPPED_FILES = 512  # at once; the kernel limits the number of maps of a process
+
+log = logging.getLogger(__name__)
 
 
 class SplitWriter:
@@ -100,19 +110,27 @@ class ShardReader:
     """Random access to the rows of one split. Files are mapped when a row of theirs is first asked for.
 
     Args:
-        folder: data.shards.
+        folder: data.shards; a URL is read through `cache`, a path directly.
         split: train, validation or test.
         manifest: given by who has read (or received) it already; null reads it.
-        check_sizes: look at every file's size at once. Of many ranks one is enough: each checks what it maps anyway.
+        check_sizes: look at every local file's size at once. Of many ranks one is enough: each checks what it maps.
+        cache: for remote files; null is the default one.
 
     Raises:
         UserError: see `read_manifest`; a split that was not prepared; a missing or truncated file.
+        RunFailed: see `ShardCache.open`.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, manifest: Manifest | None = None, check_sizes: bool = True
+        self,
+        folder: str | Path,
+        split: str,
+        manifest: Manifest | None = None,
+        check_sizes: bool = True,
+        cache: ShardCache | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = folder if is_remote(folder) else Path(folder)
+        self._cache = (cache or ShardCache(None, DEFAULT_CACHE_BYTES)) if is_remote(folder) else None
         self.split = split
         self.manifest = manifest or read_manifest(folder)
         if split not in self.manifest.splits:
@@ -124,10 +142,18 @@ class ShardReader:
         self._ends = np.cumsum([shard.rows for shard in self._shards])
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self._most_mapped = MAPPED_FILES
+        if self._cache is not None:
+            largest = max(file.bytes for file in self.files())
+            self._most_mapped = min(MAPPED_FILES, self._cache.limit // (READERS * largest))
         self.rows = self._record.rows
         self.row_length = self.manifest.row_length
         self.has_roles = self._shards[0].roles is not None
-        if check_sizes:
+        if self._cache is not None:
+            corpus_bytes = sum(file.bytes for file in self.files())
+            if corpus_bytes > self._cache.limit:
+                log.warning("%s: %s takes %d bytes, more than data.cache_gib", folder, split, corpus_bytes)
+        elif check_sizes:
             for file in self.files():
                 self._check_size(file)
 
@@ -154,7 +180,7 @@ class ShardReader:
             tokens[here] = self._map(shard.tokens, self.manifest.numpy_dtype)[inside]
             if tokens[here].max() >= self.manifest.vocab_size:
                 raise UserError(
-                    f"{self.folder / shard.tokens.name}: token id {tokens[here].max()} is outside the vocabulary of "
+                    f"{self._name(shard.tokens)}: token id {tokens[here].max()} is outside the vocabulary of "
                     f"{self.manifest.vocab_size}; the file is damaged, prepare the shards again with --force"
                 )
             if roles is not None and shard.roles is not None:
@@ -164,18 +190,24 @@ class ShardReader:
     def verify(self, files: Sequence[FileRecord] | None = None) -> None:
         """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
         for file in self.files() if files is None else files:
+            if self._cache is not None:
+                self._cache.open(self._name(file), file).close()  # compares on fetching
+                continue
             self._check_size(file)
-            found = sha256_of(self.folder / file.name)
+            found = sha256_of(self._name(file))
             if found != file.sha256:
                 raise UserError(
-                    f"{self.folder / file.name}: altered since it was written: sha256 {found}, expected {file.sha256}"
+                    f"{self._name(file)}: altered since it was written: sha256 {found}, expected {file.sha256}"
                 )
 
     def files(self) -> list[FileRecord]:
         return [file for shard in self._shards for file in (shard.tokens, shard.roles) if file is not None]
 
+    def _name(self, file: FileRecord) -> str:
+        return f"{str(self.folder).rstrip('/')}/{file.name}"
+
     def _check_size(self, file: FileRecord) -> None:
-        path = self.folder / file.name
+        path = Path(self._name(file))
         try:
             found = path.stat().st_size
         except FileNotFoundError:
@@ -185,15 +217,36 @@ class ShardReader:
 
     def _map(self, file: FileRecord, dtype: np.dtype) -> np.ndarray:
         with self._lock:  # a reader may serve the training loop and its prefetching thread
-            if file.name not in self._maps:
-                self._check_size(file)
-                self._maps[file.name] = np.memmap(self.folder / file.name, dtype=dtype, mode="r").reshape(
-                    -1, self.row_length
-                )
-                if len(self._maps) > MAPPED_FILES:
+            if file.name in self._maps:
+                self._maps.move_to_end(file.name)
+                return self._maps[file.name]
+            with self._open(file) as opened:  # a map keeps the file's lock when the file is closed
+                mapped = np.memmap(opened, dtype=dtype, mode="r").reshape(-1, self.row_length)
+            self._maps[file.name] = mapped
+            if len(self._maps) > self._most_mapped:
+                self._maps.popitem(last=False)
+            return mapped
+
+    def _open(self, file: FileRecord) -> IO[bytes]:
+        if self._cache is None:
+            self._check_size(file)
+            return open(self._name(file), "rb")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._cache.open(self._name(file), file)
+            except CacheFull:
+                if self._maps:
                     self._maps.popitem(last=False)
-            self._maps.move_to_end(file.name)
-            return self._maps[file.name]
+                elif time.monotonic() > deadline:
+                    raise
+                else:  # others have it open only as long as they read
+                    time.sleep(0.05)
+
+
+def shard_cache(data: DataConfig) -> ShardCache:
+    """Where the configuration wants copies of remote shards."""
+    return ShardCache(data.cache, int(data.cache_gib * 2**30))
 
 
 def verify_folder(folder: str | Path) -> Manifest:

@@ -30,7 +30,8 @@ from vmd_scale.training.zero import ShardedMaster
 
 log = logging.getLogger(__name__)
 STAGING = ".staging-"
-MOVABLE = ("shards", "workers", "source", "shard_tokens")  # keys of data that say where and how, not what
+# Keys of data that say where and how, not what.
+MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
 
 
 class Checkpointer:

@@ -15,7 +15,7 @@ from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.mixture import training_rows
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
@@ -309,7 +309,7 @@ class Trainer:
         """
         evaluation = self.config.evaluation
         self.engine.eval()
-        reader = ShardReader(self.config.data.shards, "validation")
+        reader = ShardReader(self.config.data.shards, "validation", cache=shard_cache(self.config.data))
         weights = "raw" if self.ema is None else "ema"
         results = []
         with nullcontext() if self.ema is None else self.ema.applied():
