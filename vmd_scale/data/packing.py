@@ -1,7 +1,7 @@
 """Documents of any length become rows of exactly L tokens.
 
 wrap   documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
-pad    one document a row, cut off at L or padded to it
+pad    one document a row, cut off at L or padded to it; of a prompt with its response, the prompt is given
 ready  documents that come as tokens (puzzles) are rows already
 """
 
@@ -21,12 +21,16 @@ BATCH_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues."""
+    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues.
+
+    `given` without `ready` is a prompt: response and filling have `response_width` positions, or all that are left.
+    """
 
     tokens: np.ndarray
     last: bool = True
     ready: bool = False
     given: np.ndarray | None = None
+    response_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def pack(
     stream = _with_first(first, iterator)
     if first.ready:
         return _ready(stream, config)
+    if first.given is not None:
+        return _prompts(stream, config, tokenizer, counts)
     if config.packing == "wrap":
         return _wrap(stream, config, tokenizer, counts)
     return _pad(stream, config, tokenizer, counts)
@@ -154,6 +160,42 @@ def _padded(texts: list[np.ndarray], lengths: list[int], config: DataConfig, tok
     tokens = np.full(filled.shape, tokenizer.pad_id or 0, dtype=texts[0].dtype)
     tokens[filled] = np.concatenate(texts)
     return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
+
+
+def fill_id(tokenizer: Tokenizer) -> int:
+    """What stands behind a response: its end again and again (arXiv 2502.09992, section 2.3), or padding."""
+    return next((i for i in (tokenizer.end_id, tokenizer.pad_id) if i is not None), 0)
+
+
+def _prompts(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    """Prompt (given), response and what fills it up (ordinary), padding. A prompt that is too long loses its start."""
+    length = config.row_length
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    for document in documents:
+        assert document.given is not None
+        prompt, response = document.tokens[document.given], document.tokens[~document.given]
+        ended = len(response) + (document.response_width is None and tokenizer.end_id is not None)
+        width = min(length, max(ended, document.response_width or 1))
+        counts.truncated_documents += len(prompt) + width > length or len(response) > width
+        prompt = prompt[max(0, len(prompt) + width - length) :]
+        end = len(prompt) + width if document.response_width else length
+        tokens = np.full(length, fill_id(tokenizer), dtype=document.tokens.dtype)
+        tokens[: len(prompt)] = prompt
+        tokens[len(prompt) : len(prompt) + min(len(response), width)] = response[:width]
+        roles = np.full(length, Role.PADDING, dtype=np.uint8)
+        roles[: len(prompt)], roles[len(prompt) : end] = Role.GIVEN, Role.ORDINARY
+        batch.append((tokens, roles))
+        if len(batch) * length >= BATCH_TOKENS:
+            yield _rows_of(batch)
+            batch = []
+    if batch:
+        yield _rows_of(batch)
+
+
+def _rows_of(batch: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
+    return Rows(np.stack([tokens for tokens, _ in batch]), np.stack([roles for _, roles in batch]))
 
 
 def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:
