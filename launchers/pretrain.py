@@ -12,19 +12,12 @@ a file named STOP appears in the run folder, it writes a checkpoint and exits wi
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import (
-    COLLECTIVE_TIMEOUT,
-    join_world,
-    leave_world,
-    rank_from_environment,
-    world_size_from_environment,
-)
+from vmd_scale.training.launch import rank_from_environment, world_size_from_environment
 
 
 @reports_user_errors
@@ -74,22 +67,11 @@ def show_rows(config: Config) -> str:
 
 def run(config: Config, output: Path, resume: str) -> int:
     from vmd_scale.checkpoints import whole_checkpoints
-    from vmd_scale.training.start import check_before_start, prepare_together, pretrain
-    from vmd_scale.training.telemetry import start_logging
+    from vmd_scale.training.start import start
 
     if resume == "never" and whole_checkpoints(output / "checkpoints"):
         raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_before_start(config)
-    hang = config.training.hang_timeout
-    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
-    try:
-        prepare_together(config, world, tokenizer)
-        output.mkdir(parents=True, exist_ok=True)
-        start_logging(output, world.rank)
-        return pretrain(config, output, world, tokenizer)
-    finally:
-        leave_world()
+    return start(config, output)
 
 
 if __name__ == "__main__":

@@ -226,6 +226,7 @@ class EvaluationConfig(Section):
     protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: the data's own")
     steps: StepCounts = (8, 32, "inf")
     rows: int = Field(default=2048, ge=2, description="validation rows at most")
+    samples: int = Field(default=0, ge=0, description="rows to draw and write down at every evaluation")
 
 
 class TelemetryConfig(Section):
@@ -350,14 +351,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: missing file, bad JSON, unknown key (with the nearest valid one), wrong type, contradiction.
     """
-    values = _read_with_base(Path(path), seen=())
+    return parse_config(_read_with_base(Path(path), seen=()), origin=str(path), overrides=overrides)
+
+
+def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply ``a.b=value`` overrides to plain values, which are changed by it, and validate; errors name `origin`."""
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, origin=str(path))
-
-
-def parse_config(values: dict[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` is named in errors."""
     try:
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -58,6 +58,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.normalizer = normalizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._widths: dict[tuple[str, ...], int] = {}  # tokens of the longest of some choices
 
     def encode(self, chunk: list[Document]) -> tuple[list[EncodedDocument], TextCounts]:
         """Ids of the documents that are not empty, in order."""
@@ -70,6 +71,11 @@ class Encoder:
                 tokens = document.tokens.astype(self._dtype)
                 encoded.append(EncodedDocument(tokens, ready=True, given=document.given))
                 continue
+            if document.prompt is not None:
+                encoded.append(self._with_prompt(document, normalize))
+                counts.characters += len(document.prompt) + len(document.text)
+                counts.utf8_bytes += len((document.prompt + document.text).encode())
+                continue
             text = normalize(document.text)
             tokens = self._encode_text(text)
             if document.last and (not len(tokens) or not text.strip()):
@@ -80,6 +86,14 @@ class Encoder:
             counts.utf8_bytes += len(text) if text.isascii() else len(text.encode())
             encoded.append(EncodedDocument(tokens, last=document.last))
         return encoded, counts
+
+    def _with_prompt(self, document: Document, normalize: Callable[[str], str]) -> EncodedDocument:
+        prompt, response = (self._encode_text(normalize(text)) for text in (document.prompt or "", document.text))
+        if document.choices and document.choices not in self._widths:
+            self._widths[document.choices] = max(len(self._encode_text(normalize(c))) for c in document.choices)
+        given = np.arange(len(prompt) + len(response)) < len(prompt)
+        width = self._widths[document.choices] if document.choices else None
+        return EncodedDocument(np.concatenate([prompt, response]), given=given, response_width=width)
 
     def _encode_text(self, text: str) -> np.ndarray:
         try:

@@ -1,7 +1,7 @@
 """Documents of any length become rows of exactly L tokens.
 
 wrap      documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
-pad       one document a row, cut off at L or padded to it
+pad       one document a row, cut off at L or padded to it; of a prompt with its response, the prompt is given
 document  several whole documents a row, each closed likewise; one that is longer than L is cut into several
 ready     documents that come as tokens (puzzles) are rows already
 """
@@ -25,12 +25,16 @@ OPEN_ROWS = 64  # among which packing `document` looks for the one that a docume
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues."""
+    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues.
+
+    `given` without `ready` is a prompt: response and filling have `response_width` positions, or all that are left.
+    """
 
     tokens: np.ndarray
     last: bool = True
     ready: bool = False
     given: np.ndarray | None = None
+    response_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def pack(
     stream = _with_first(first, iterator)
     if first.ready:
         return _ready(stream, config)
+    if first.given is not None:
+        return _prompts(stream, config, tokenizer, counts)
     if config.packing == "wrap":
         return _wrap(stream, config, tokenizer, counts)
     if config.packing == "document":
@@ -219,6 +225,42 @@ def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: To
         for roles, row in zip(filled.roles, batch, strict=True):
             roles[np.cumsum([0, *map(len, row[:-1])])] = Role.FIRST
         yield filled
+
+
+def fill_id(tokenizer: Tokenizer) -> int:
+    """What stands behind a response: its end again and again (arXiv 2502.09992, section 2.3), or padding."""
+    return next((i for i in (tokenizer.end_id, tokenizer.pad_id) if i is not None), 0)
+
+
+def _prompts(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    """Prompt (given), response and what fills it up (ordinary), padding. A prompt that is too long loses its start."""
+    length = config.row_length
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    for document in documents:
+        assert document.given is not None
+        prompt, response = document.tokens[document.given], document.tokens[~document.given]
+        ended = len(response) + (document.response_width is None and tokenizer.end_id is not None)
+        width = min(length, max(ended, document.response_width or 1))
+        counts.truncated_documents += len(prompt) + width > length or len(response) > width
+        prompt = prompt[max(0, len(prompt) + width - length) :]
+        end = len(prompt) + width if document.response_width else length
+        tokens = np.full(length, fill_id(tokenizer), dtype=document.tokens.dtype)
+        tokens[: len(prompt)] = prompt
+        tokens[len(prompt) : len(prompt) + min(len(response), width)] = response[:width]
+        roles = np.full(length, Role.PADDING, dtype=np.uint8)
+        roles[: len(prompt)], roles[len(prompt) : end] = Role.GIVEN, Role.ORDINARY
+        batch.append((tokens, roles))
+        if len(batch) * length >= BATCH_TOKENS:
+            yield _rows_of(batch)
+            batch = []
+    if batch:
+        yield _rows_of(batch)
+
+
+def _rows_of(batch: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
+    return Rows(np.stack([tokens for tokens, _ in batch]), np.stack([roles for _, roles in batch]))
 
 
 def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:

@@ -16,7 +16,9 @@ from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.shards import ShardReader, shard_cache
+from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import TrainingInputs
+from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
@@ -43,7 +45,7 @@ class Trainer:
 
     def __init__(self, config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> None:
         self.config, self.run_folder, self.world = config, run_folder, world
-        self.fingerprint = tokenizer.fingerprint
+        self.tokenizer, self.fingerprint = tokenizer, tokenizer.fingerprint
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
@@ -328,6 +330,8 @@ class Trainer:
                 objective, micro_batch = self.config.diffusion.objective, self.config.training.micro_batch
                 used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
                 telemetry.latent(used.to_dict())
+            if evaluation.samples:
+                telemetry.samples(self._draw_samples(done))
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
@@ -335,6 +339,15 @@ class Trainer:
         self.engine.train()
         self.watchdog.progress()
         return best.nats_per_token
+
+    def _draw_samples(self, done: int) -> dict[str, Any]:
+        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token)."""
+        steps = max((T for T in step_values(self.config.evaluation.steps) if math.inf > T), default=math.inf)
+        sampler = Sampler(steps, law=self.config.diffusion.paths)
+        rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
+        texts = [self.tokenizer.decode(row) for row in rows.tolist()]
+        shown = "inf" if math.isinf(steps) else int(steps)
+        return {"step": done, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
 
     def _save(self, done: int, bound: float) -> None:
         state = {

@@ -18,12 +18,13 @@ from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import write_atomically
 from vmd_scale.model.attention import flash_available
-from vmd_scale.tokenization import Tokenizer
+from vmd_scale.tokenization import Tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
-from vmd_scale.training.launch import World, world_size_from_environment
+from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks
+from vmd_scale.training.telemetry import start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
 log = logging.getLogger(__name__)
@@ -83,6 +84,25 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
         if world.is_main:
             remember(data.shards, good)
         splits = ["train"]  # of those of a mixture
+
+
+def start(config: Config, run_folder: Path) -> int:
+    """All of a run, on this rank: checks, joining the others, shards, training. Returns the exit code.
+
+    Raises:
+        UserError, RunFailed: see `check_before_start`, `prepare_together` and `pretrain`.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_before_start(config)
+    hang = config.training.hang_timeout
+    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
+    try:
+        prepare_together(config, world, tokenizer)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        start_logging(run_folder, world.rank)
+        return pretrain(config, run_folder, world, tokenizer)
+    finally:
+        leave_world()
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:

@@ -9,6 +9,7 @@ from vmd_scale.data.corpora import (  # noqa: F401  they register themselves
     four_tokens,
     lm1b,
     mnist,
+    prompts,
     python_docs,
     sudoku,
     text,
@@ -64,5 +65,7 @@ def documents(config: DataConfig, split: str) -> Iterator[Document]:
     for document in raw_documents(config, split):
         if document.tokens is not None:
             yield document
+        elif document.prompt is not None:
+            yield replace(document, prompt=normalize(document.prompt), text=normalize(document.text))
         elif text := normalize(document.text):
             yield replace(document, text=text)

@@ -29,6 +29,9 @@ SPLITS = ("train", "validation", "test")
 class Document:
     """Text, or ready tokens (int64 [n]) of which some are `given` (bool [n]): those are a row by themselves.
 
+    With a `prompt`, `text` is the response to it: a row of its own, whose prompt is given. Of a response that is one of
+    `choices`, only as many positions are counted as the longest of them has; else the row is filled to its end.
+
     `last` is false for a piece of a document whose next piece follows: a text too long to be handled at once.
     """
 
@@ -36,6 +39,8 @@ class Document:
     tokens: np.ndarray | None = None
     given: np.ndarray | None = None
     last: bool = True
+    prompt: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 DocumentSource = Callable[[DataConfig, str], Iterator[Document]]
