@@ -157,8 +157,9 @@ def arrow(shards: Path, folder: Path) -> Read:
     path = folder / "arrow"
     if not path.exists():
         features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"), length=ROW_LENGTH)})
-        rows = ({"ids": row} for row in rows_of(shards))
-        made = datasets.Dataset.from_generator(lambda: rows, features=features, cache_dir=str(folder / "arrow-cache"))
+        made = datasets.Dataset.from_generator(
+            records_of, features=features, cache_dir=str(folder / "arrow-cache"), gen_kwargs={"shards": str(shards)}
+        )
         made.save_to_disk(path)
     dataset = datasets.load_from_disk(path).with_format("numpy")
     return lambda rows: torch.from_numpy(dataset[rows]["ids"].astype(np.int64))
@@ -175,6 +176,10 @@ def mosaic(shards: Path, folder: Path) -> Read:
                 writer.write({"ids": row})
     dataset = LocalDataset(str(path))
     return lambda rows: torch.from_numpy(np.stack([dataset[int(row)]["ids"] for row in rows]).astype(np.int64))
+
+
+def records_of(shards: str) -> Iterator[dict[str, np.ndarray]]:
+    yield from ({"ids": row} for row in rows_of(Path(shards)))
 
 
 def rows_of(shards: Path) -> Iterator[np.ndarray]:

@@ -140,6 +140,9 @@ class ShardReader:
         self._record = self.manifest.splits[split]
         self._shards = self._record.shards
         self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._token_files = [shard.tokens for shard in self._shards]
+        self._role_files = [shard.roles for shard in self._shards]
+        self._starts = self._ends - [shard.rows for shard in self._shards]
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
         self._most_mapped = MAPPED_FILES
@@ -170,22 +173,36 @@ class ShardReader:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"rows must lie in 0..{self.rows - 1}, found {rows.min()}..{rows.max()}")
-        tokens = np.empty((len(rows), self.row_length), dtype=np.int64)
-        roles = np.empty((len(rows), self.row_length), dtype=np.uint8) if self.has_roles else None
         shard_of_row = np.searchsorted(self._ends, rows, side="right")
-        for number in np.unique(shard_of_row):
-            shard = self._shards[number]
-            here = np.flatnonzero(shard_of_row == number)
-            inside = rows[here] - (self._ends[number] - shard.rows)
-            tokens[here] = self._map(shard.tokens, self.manifest.numpy_dtype)[inside]
-            if tokens[here].max() >= self.manifest.vocab_size:
-                raise UserError(
-                    f"{self._name(shard.tokens)}: token id {tokens[here].max()} is outside the vocabulary of "
-                    f"{self.manifest.vocab_size}; the file is damaged, prepare the shards again with --force"
-                )
-            if roles is not None and shard.roles is not None:
-                roles[here] = self._map(shard.roles, np.dtype(np.uint8))[inside]
-        return tokens, roles
+        inside = rows - self._starts[shard_of_row]
+        tokens = self._gather(self._token_files, shard_of_row, inside, self.manifest.numpy_dtype)
+        if tokens.size and tokens.max() >= self.manifest.vocab_size:
+            worst = int(tokens.max(1).argmax())
+            raise UserError(
+                f"{self._name(self._shards[shard_of_row[worst]].tokens)}: token id {tokens[worst].max()} is outside "
+                f"the vocabulary of {self.manifest.vocab_size}; the file is damaged, prepare the shards again with "
+                "--force"
+            )
+        roles = None
+        if self.has_roles:
+            roles = self._gather(self._role_files, shard_of_row, inside, np.dtype(np.uint8))
+        return tokens.astype(np.int64), roles
+
+    def _gather(
+        self, files: Sequence[FileRecord | None], shard_of_row: np.ndarray, inside: np.ndarray, dtype: np.dtype
+    ) -> np.ndarray:
+        """Rows [n, L] of the files, one of each shard; shard after shard, so that each is opened once."""
+        found = np.empty((len(inside), self.row_length), dtype=dtype)
+        shards, rows = shard_of_row.tolist(), inside.tolist()
+        current, mapped = -1, found
+        for at in shard_of_row.argsort(kind="stable").tolist():
+            if shards[at] != current:
+                current = shards[at]
+                file = files[current]
+                assert file is not None
+                mapped = self._map(file, dtype)
+            found[at] = mapped[rows[at]]
+        return found
 
     def verify(self, files: Sequence[FileRecord] | None = None) -> None:
         """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
@@ -221,7 +238,8 @@ class ShardReader:
                 self._maps.move_to_end(file.name)
                 return self._maps[file.name]
             with self._open(file) as opened:  # a map keeps the file's lock when the file is closed
-                mapped = np.memmap(opened, dtype=dtype, mode="r").reshape(-1, self.row_length)
+                # As a plain array: indexing a np.memmap makes another one each time, which is slow.
+                mapped = np.asarray(np.memmap(opened, dtype=dtype, mode="r")).reshape(-1, self.row_length)
             self._maps[file.name] = mapped
             if len(self._maps) > self._most_mapped:
                 self._maps.popitem(last=False)
