@@ -50,7 +50,8 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 .figures figure:first-child:last-child { max-width: 40rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #555; }
-.scroll { overflow-x: auto; margin: .8rem 0; } table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 thead th { font-weight: 600; white-space: nowrap; } tbody th { font-weight: 400; color: #555; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
