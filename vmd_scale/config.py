@@ -162,7 +162,9 @@ class TrainingConfig(Section):
     hang_timeout: float | None = Field(
         default=3600, gt=0, description="seconds without a finished step, evaluation or save until a rank ends itself"
     )
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
+    )
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
 
