@@ -70,8 +70,9 @@ class BareStep:
             [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4, fused=True
         )
         if compiled:
-            for network in (self.model.denoiser, self.model.encoder):
-                for block in () if network is None else network.blocks:
+            self.model.compiled_loss = self.device.type == "cuda"
+            for stack in self.model.stacks:
+                for block in stack:
                     block.compile(dynamic=False)
         self.number = 0
 

@@ -45,7 +45,8 @@ def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
-    from vmd_scale.planning.legacy import describe, peak_flops, plan
+    from vmd_scale.planning.hardware import peak_flops
+    from vmd_scale.planning.plan import describe_run
     from vmd_scale.training.engine import resolve_precision
     from vmd_scale.training.start import check_before_start
 
@@ -54,7 +55,8 @@ def dry_run(config: Config, ranks: int | None) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)
     architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    return describe(plan(config, architecture, world_size, precision), config, world_size, peak_flops(device))
+    on_gpu = device.type == "cuda"
+    return describe_run(config, architecture, world_size, precision, on_gpu, peak_flops(device))
 
 
 def show_rows(config: Config) -> str:

@@ -208,7 +208,9 @@ class TrainingConfig(Section):
     hang_timeout: float | None = Field(
         default=3600, gt=0, description="seconds without a finished step, evaluation or save until a rank ends itself"
     )
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
+    )
     init_from: str | None = Field(
         default=None, description="weights to start from: an exported folder, a run or checkpoint, MDLM's state dict"
     )

@@ -51,6 +51,19 @@ def test_extreme_logits_have_an_exact_loss():
     assert torch.autograd.grad(total, hidden)[0].tolist() == [[[1.0, -1.0], [-2.0, 2.0]]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_on_a_gpu_computes_the_same(dtype):
+    torch.manual_seed(0)
+    logits, targets, weight = 4 * torch.randn(9, 50).to(dtype), torch.randint(50, (9,)), torch.rand(9)
+    for one, other in zip(
+        head._nll_and_gradient(logits.clone(), targets, weight),
+        head._in_one_pass(logits, targets, weight),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype
+        assert torch.allclose(one.float(), other.float(), atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_nothing_masked_costs_nothing():
     hidden, matrix, targets, _, _, weight = problem()
     for index in (torch.zeros(0, dtype=torch.int64), torch.full((5,), targets.numel())):
@@ -90,9 +103,10 @@ def test_on_a_gpu_in_bf16(chunk, monkeypatch):
     monkeypatch.setattr(head, "GPU_CHUNK_ELEMENTS", chunk * 1000)
     low = [x.detach().bfloat16().requires_grad_() for x in (hidden, matrix)]
     wanted = torch.autograd.grad(reference(*low, targets, masked, weight), low)
-    got = torch.autograd.grad(weighted_nll(low[0], targets, index, low[1], weight), low)
-    for one, other in zip(got, wanted, strict=True):
-        assert (one.float() - other.float()).norm() < 2e-2 * other.float().norm()
+    for compiled in (False, True):
+        got = torch.autograd.grad(weighted_nll(low[0], targets, index, low[1], weight, compiled), low)
+        for one, other in zip(got, wanted, strict=True):
+            assert (one.float() - other.float()).norm() < 2e-2 * other.float().norm()
 
 
 def test_an_empty_list_of_positions_has_a_loss_of_zero_everywhere():

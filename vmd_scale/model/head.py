@@ -7,6 +7,7 @@ The full [B, L, V] logits never exist. Two ways to a gradient:
                     nothing is computed twice ("fused linear cross-entropy", as in Liger, arXiv 2410.10989)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,18 +48,21 @@ def masked_nll(
     return _scatter(nll, targets, index)
 
 
-def weighted_nll(hidden: Tensor, targets: Tensor, index: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
+def weighted_nll(
+    hidden: Tensor, targets: Tensor, index: Tensor, matrix: Tensor, weight: Tensor, compiled: bool = False
+) -> Tensor:
     """sum_{b, l} weight * -log p(x0 | hidden) over the positions in `index`, a scalar in fp32.
 
     Args:
         hidden, targets, index: as those of `masked_nll`.
         matrix: [V, D], the head.
         weight: fp32 [B, G], one for each group of L / G positions. It gets no gradient.
+        compiled: whether torch.compile makes one kernel of what is done to a chunk of logits.
     """
     rows, wanted = _gather(hidden, targets, index)
     of_position = weight.repeat_interleave(targets.shape[1] // weight.shape[1], 1).flatten()
     of_rows = F.pad(of_position, (0, 1))[index]  # padding weighs nothing
-    return _WeightedNLL.apply(rows, matrix, wanted, of_rows)
+    return _WeightedNLL.apply(rows, matrix, wanted, of_rows, compiled)
 
 
 def pieces_of(targets: Tensor, vocab_size: int) -> int:
@@ -84,14 +88,15 @@ class _WeightedNLL(torch.autograd.Function):
     """sum_n w_n NLL_n. Its gradient but for the factor that comes back is made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, targets: Tensor, weight: Tensor, compiled: bool) -> Tensor:
         elements = GPU_CHUNK_ELEMENTS if rows.is_cuda else CHUNK_ELEMENTS
         chunk = max(1, elements // len(matrix))
         d_rows, d_matrix = torch.empty_like(rows), torch.zeros_like(matrix, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        score = _compiled() if compiled else _nll_and_gradient
         parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
         for h, y, w, d_h in zip(*parts, strict=True):
-            nll, d_logits = _nll_and_gradient(h @ matrix.T, y, w)
+            nll, d_logits = score(h @ matrix.T, y, w)
             total += (nll.double() * w).sum()
             torch.mm(d_logits, matrix, out=d_h)
             if matrix.dtype == torch.float32:
@@ -103,10 +108,10 @@ class _WeightedNLL(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (factor,) = gradients
         d_rows, d_matrix = ctx.saved_tensors
-        return d_rows * factor.to(d_rows.dtype), (d_matrix * factor).to(ctx.dtype), None, None
+        return d_rows * factor.to(d_rows.dtype), (d_matrix * factor).to(ctx.dtype), None, None, None
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,3 +122,17 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[
     p = log_p.exp_()
     p.scatter_add_(-1, targets, p.new_full(targets.shape, -1.0))
     return nll, p.mul_(weight.unsqueeze(-1)).to(logits.dtype)
+
+
+def _in_one_pass(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a scattered write, for a compiler that fuses what is element-wise."""
+    scores, targets = logits.float(), targets.unsqueeze(-1)
+    normaliser = scores.logsumexp(-1, keepdim=True)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == targets
+    gradient = ((scores - normaliser).exp() - hit.float()) * weight.unsqueeze(-1)
+    return (normaliser - scores.gather(-1, targets)).squeeze(-1), gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_in_one_pass, dynamic=True)

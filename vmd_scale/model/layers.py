@@ -1,13 +1,15 @@
 """Transformer blocks, with optional modulation (adaLN) by a condition that is shared within a latent group."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vmd_scale.model.attention import Mask, apply_rotary, attention
 
@@ -91,7 +93,12 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With a condition, adaLN: starts as the unconditioned block (zero modulation)."""
+    """Pre-norm transformer block. With a condition, adaLN: starts as the unconditioned block (zero modulation).
+
+    With `keep_products`, the backward pass keeps matrix products and attention, and computes the rest again.
+    """
+
+    keep_products = False  # here rather than in `Stack`: a compiled block decides for itself what it keeps
 
     def __init__(
         self,
@@ -121,6 +128,20 @@ class Block(nn.Module):
         past: KeyValues | None = None,
     ) -> Tensor:
         """x: [B, L, D]; condition: [B, G, C] or None."""
+        if self.keep_products and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward, x, rotary, mask, condition, past, use_reentrant=False, context_fn=_keeping_products
+            )
+        return self._forward(x, rotary, mask, condition, past)
+
+    def _forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        condition: Tensor | None,
+        past: KeyValues | None,
+    ) -> Tensor:
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask, past))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
@@ -132,10 +153,35 @@ class Block(nn.Module):
         return x + modulate(self.dropout(h), None, gate_m)
 
 
-class Stack(nn.ModuleList):
-    """Blocks one after the other. With `recompute`, their activations are computed again in the backward pass."""
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
-    recompute = False
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_products = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+class Stack(nn.ModuleList):
+    """Blocks one after the other."""
+
+    recompute = False  # all of a block in the backward pass, of which only the input is kept
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """none | selective (keep matrix products and attention) | full (keep the blocks' inputs)."""
+        self.recompute = kind == "full"
+        for block in self:
+            assert isinstance(block, Block)
+            block.keep_products = kind == "selective"
 
     def forward(
         self,

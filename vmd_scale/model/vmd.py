@@ -7,16 +7,18 @@ from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.denoiser import Denoiser
 from vmd_scale.model.encoder import Encoder, Gaussian, Posterior, ScaledGradient
 from vmd_scale.model.head import masked_nll, pieces_of, weighted_nll
+from vmd_scale.model.layers import Stack
 
 
 class VMD(nn.Module):
     """p(x0 | xt, z) and q(z | x0, m) of arXiv 2510.23606; p(z) is N(0, I), or a network that reads what is visible.
 
     `fused_loss`: whether large logits go through `weighted_nll`, which reads the head's matrix; where a rank holds only
-    a part of it (ZeRO-3), it must be false.
+    a part of it (ZeRO-3), it must be false. `compiled_loss`: see `weighted_nll`.
     """
 
     fused_loss = True
+    compiled_loss = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -27,6 +29,17 @@ class VMD(nn.Module):
         self.encoder = Encoder(architecture, architecture.vocab_size) if architecture.latent_width else None
         conditional = architecture.latent_width > 0 and architecture.prior == "conditional"
         self.prior_network = Encoder(architecture, architecture.vocab_size + 1) if conditional else None
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """Of the networks that there are."""
+        networks = (self.denoiser, self.encoder, self.prior_network)
+        return [network.blocks for network in networks if network is not None]
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """What the backward pass computes again instead of keeping it: see `Stack.checkpoint_activations`."""
+        for stack in self.stacks:
+            stack.checkpoint_activations(kind)
 
     def forward(
         self,
@@ -116,7 +129,7 @@ class VMD(nn.Module):
                 nll if nll_weight is None else (nll_weight * nll.unflatten(1, (nll_weight.shape[1], -1)).sum(-1)).sum()
             )
         hidden = self.denoiser(noisy, z, attend, mask_ratio, clean)
-        return weighted_nll(hidden, clean, index, self.denoiser.output_matrix, nll_weight)
+        return weighted_nll(hidden, clean, index, self.denoiser.output_matrix, nll_weight, self.compiled_loss)
 
     def logits(
         self, noisy: Tensor, z: Tensor | None, attend: Tensor | None = None, mask_ratio: Tensor | None = None

@@ -23,7 +23,9 @@ from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
 from vmd_scale.initial_weights import initialize_from
-from vmd_scale.planning.legacy import denoiser_passes, masked_share, peak_flops, training_flops_per_token
+from vmd_scale.model.attention import kernel_name
+from vmd_scale.planning.hardware import peak_flops
+from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
@@ -53,6 +55,7 @@ class Trainer:
             initialize_from(model, training.init_from, tokenizer.fingerprint)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.objective = build_objective(config, tokenizer.vocab_size)
+        log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
@@ -77,7 +80,7 @@ class Trainer:
         self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
         self.rollbacks, self.stopped = 0, False
         a = build_architecture(config, tokenizer.vocab_size)
-        self.flops_per_token = training_flops_per_token(a, masked_share(config), denoiser_passes(config))
+        self.flops_per_token = flops_of(config, a).total
         self.peak_flops = peak_flops(world.device)
 
     def resume(self) -> int:
