@@ -1,5 +1,7 @@
+import importlib.util
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +171,30 @@ def test_sentencepiece(sentencepiece_file: Path) -> None:
     assert tokenizer.decode(ids) == text
     assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (1, 2, 3)
     assert tokenizer.decode([*ids[:1], tokenizer.vocab_size, *ids[1:]]).count("[MASK]") == 1
+
+
+def test_the_same_text_gives_the_same_sentencepiece_model(tmp_path: Path) -> None:
+    """Wherever it lies; also where sentences are drawn at random."""
+    spec = importlib.util.spec_from_file_location("train_sentencepiece", ROOT / "tokenizer" / "train_sentencepiece.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = [f"{a}{b}" for a in ("la", "ro", "mi", "tun") for b in ("ka", "pe", "", "sol")]
+    choice = random.Random(0).choice
+    text = "".join(f"{' '.join(choice(words) for _ in range(8))}\n" for _ in range(500))
+    models = []
+    for name, seed in (("one", 0), ("another", 0), ("other_seed", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.txt").write_text(text)
+        module.train([folder / f"{name}.txt"], 275, folder / "new.model", 4, 120, seed)
+        models.append((folder / "new.model").read_bytes())
+    assert models[0] == models[1]
+    assert models[0] != models[2]
+    with pytest.raises(UserError, match="--vocab-size 100: SentencePiece refused"):
+        module.train([tmp_path / "one" / "one.txt"], 100, tmp_path / "small.model", 1, 120)
+    assert not (tmp_path / "small.model").exists()
 
 
 @pytest.mark.parametrize("name", ["text8", "text8_mdlm", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])

@@ -198,11 +198,12 @@ def _check_compat(request: Request, protocol: Protocol) -> None:
     what = f"protocol {protocol.name}" if protocol.pads_attended else f"--interval {request.interval}"
     wanted = {"--steps": request.steps == (math.inf,), "--k": request.samples == (1,)}
     wanted |= {"--paths": request.paths == "bernoulli", "--latent": request.latent == "fixed"}
+    wanted |= {"--surrogate": not request.surrogate}
     wrong = [option for option, right in wanted.items() if not right]
     if wrong:
         raise UserError(
             f"{what} is an estimate of the published code and no likelihood: it is defined for --steps inf --k 1 "
-            f"--paths bernoulli --latent fixed; change {', '.join(wrong)}"
+            f"--paths bernoulli --latent fixed, without --surrogate; change {', '.join(wrong)}"
         )
 
 

@@ -263,7 +263,8 @@ def _curves(results: Sequence[Result]) -> dict[str, list[Result]]:
     ]
     curves: dict[str, list[Result]] = {}
     for r in results:
-        parts = [LATENT_NAMES.get(r.latent, r.latent), "ELBO" if r.k == 1 else f"K = {r.k}"]
+        kind = "no bound" if r.bound == "compat" else "ELBO" if r.k == 1 else f"K = {r.k}"
+        parts = [LATENT_NAMES.get(r.latent, r.latent), kind]
         parts += [f"{key} {getattr(r, key)}" if key == "step" else str(getattr(r, key)) for key in told]
         curves.setdefault(", ".join(parts), []).append(r)
     return curves
