@@ -211,7 +211,7 @@ class ShardReader:
                 self._cache.open(self._name(file), file).close()  # compares on fetching
                 continue
             self._check_size(file)
-            found = sha256_of(self._name(file))
+            found = sha256_of(Path(self._name(file)))
             if found != file.sha256:
                 raise UserError(
                     f"{self._name(file)}: altered since it was written: sha256 {found}, expected {file.sha256}"
