@@ -22,10 +22,13 @@ class Stub:
 
     def __init__(self, broken=(), modes=("online", "offline")):
         self.broken, self.modes, self.started, self.logged, self.calls = broken, modes, [], [], 0
+        self.torn_down = True
         self.finished = None
 
     def init(self, **options):
         self.started.append(options)
+        assert self.torn_down  # else wandb's service says, after a failed attempt, that the id is in use
+        self.torn_down = False
         if options["mode"] not in self.modes:
             raise RuntimeError("could not connect\nand more")
         return self
@@ -39,6 +42,9 @@ class Stub:
     def Histogram(self, np_histogram):
         return SimpleNamespace(pair=np_histogram)
 
+    def teardown(self):
+        self.torn_down = True
+
     def define_metric(self, *names, **options):
         pass
 
@@ -50,6 +56,7 @@ class Stub:
         self.logged.append(values)
 
     def finish(self, exit_code):
+        self.torn_down = True
         self.finished = exit_code
         if "finish" in self.broken:
             raise OSError("gone")

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class WandbLog:
                 return cls(wandb, run)
             except Exception as error:  # no network, no login, a broken installation
                 log.warning("wandb does not start %s: %s", attempt, _first_line(error))
+                with suppress(Exception):
+                    wandb.teardown()  # its service would say that the id is in use
         return None
 
     def metrics(self, record: Mapping[str, Any]) -> None:
