@@ -100,7 +100,7 @@ class _WeightedNLL(torch.autograd.Function):
             total += (nll.double() * w).sum()
             torch.mm(d_logits, matrix, out=d_h)
             if matrix.dtype == torch.float32:
-                d_matrix.addmm_(d_logits.T, h)
+                torch.addmm(d_matrix, d_logits.T, h, out=d_matrix)
             else:
                 d_matrix += d_logits.T @ h
         ctx.save_for_backward(d_rows, d_matrix)

@@ -63,20 +63,35 @@ def memory_of(
     kept = kept or kept_of(config, a, precision)
     parameters = kept.parameters
     bucket = float(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
+    activations = rows * (denoiser_passes(config) * (kept.denoiser + kept.recomputed) + kept.encoder)
+    logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, config.diffusion.objective != "iw", stage)
     return Memory(
         weights=low * parameters / shard["weights"],
         gradients=4 * parameters / shard["gradients"],
         optimizer=(8 + (4 if stage > 0 else 0)) * parameters / shard["optimizer"],
         ema=(4 * parameters / shard["optimizer"]) if config.training.ema_decay else 0.0,
-        buffers=low * min(bucket, parameters) if stage > 0 else 0.0,
-        activations=rows * (denoiser_passes(config) * kept.denoiser + kept.encoder),
-        logits=logits_bytes(a, rows, masked_share(config), low, on_gpu, config.diffusion.objective != "iw", stage),
+        buffers=buffers_of(stage, low, parameters, bucket, activations + logits),
+        activations=activations,
+        logits=logits,
     )
 
 
 # ZeRO (arXiv 1910.02054): the stage from which on each rank holds 1/N of it.
 SHARDED_FROM = {"weights": 3, "gradients": 2, "optimizer": 1}
 BUCKET = 500_000_000  # elements, DeepSpeed's default; the engine asks for no more than there are parameters
+
+
+def buffers_of(stage: int, low: int, parameters: int, bucket: float, freed: float) -> float:
+    """Where gradients travel in DeepSpeed 0.19, as benchmarks/memory.py finds it.
+
+    Stage 0, and stage 1 in bf16, flatten them in fp32 after the backward pass, when `freed` bytes of activations are
+    gone; the latter has those in bf16 beside. The others fill a bucket meanwhile, with the gradients that wait for it.
+    """
+    in_bucket = min(bucket, parameters)
+    if stage == 0 or (stage == 1 and low < 4):
+        beside = low * parameters if stage == 1 else 0
+        return beside + max(0.0, 4 * in_bucket - freed)
+    return low * in_bucket * (1 if stage == 1 else 2)
 
 
 def logits_bytes(
@@ -101,6 +116,7 @@ class Kept:
     parameters: int
     denoiser: float
     encoder: float  # with a conditional prior's
+    recomputed: float = 0.0  # of one layer at a time, with activation checkpointing
 
 
 def kept_of(config: Config, a: Architecture, precision: str) -> Kept:
@@ -111,7 +127,12 @@ def kept_of(config: Config, a: Architecture, precision: str) -> Kept:
 def activations_of_row(a: Architecture, dtype: torch.dtype, checkpointing: str) -> Kept:
     """What autograd keeps. All layers are alike: two small networks tell what any number of them keeps."""
     shallow, deep = (_kept(replace(a, layers=n, encoder_layers=n), dtype, checkpointing) for n in (1, 2))
+    recomputed = 0.0
+    if checkpointing != "none":
+        one, two = (_kept(replace(a, layers=n), dtype, "none") for n in (1, 2))
+        recomputed = two.denoiser - one.denoiser - (deep.denoiser - shallow.denoiser)
     return Kept(
+        recomputed=recomputed,
         parameters=count_parameters(without_memory(a)),
         denoiser=shallow.denoiser + (a.layers - 1) * (deep.denoiser - shallow.denoiser),
         encoder=shallow.encoder + (a.encoder_layers - 1) * (deep.encoder - shallow.encoder),

@@ -50,7 +50,7 @@ class Plan:
         """Rows that fit; 0 if not even one does."""
         room = USABLE * self.gpu.memory
         fits = 0
-        step = 1 << 14
+        step = 1 << 24
         while step:
             if self.memory(gpus, stage, fits + step).total <= room:
                 fits += step
