@@ -91,7 +91,7 @@ def test_names_of_judges(tmp_path: Path) -> None:
 @pytest.fixture
 def causal_model(tmp_path: Path):
     """A tiny GPT-2 with a tokenizer of words, as a folder, and the model itself."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra judge)")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra transformers)")
     vocabulary = {word: n for n, word in enumerate(["a", "b", "c", "d", "<|endoftext|>"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="d"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -130,7 +130,7 @@ def test_a_hugging_face_judge_counts_all_tokens_but_the_first(causal_model) -> N
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="transformers is not installed (extra judge)")
+    pytest.importorskip("transformers", reason="transformers is not installed (extra transformers)")
     with pytest.raises(UserError, match="no such folder"):
         HuggingFaceJudge(str(tmp_path / "none"), torch.device("cpu"))
     with pytest.raises(UserError, match="not a causal language model"):
@@ -139,7 +139,7 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
 
 def test_without_transformers_the_judge_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers: pip install 'vmd_scale\[judge\]'; or use ngram"):
+    with pytest.raises(UserError, match=r"needs transformers: pip install 'vmd_scale\[transformers\]'; or use ngram"):
         HuggingFaceJudge(str(tmp_path), torch.device("cpu"))
 
 

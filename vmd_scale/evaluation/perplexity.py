@@ -134,6 +134,8 @@ def evaluate(
     protocol.check(reader.manifest)
     compat = protocol.pads_attended or request.interval != "full"
     _check_compat(request, protocol)
+    if compat and reader.manifest.packing == "document":
+        raise UserError(f"--interval {request.interval} is for rows of one text, not for data.packing 'document'")
     if request.until_error is not None:  # any beginning of them is a random choice
         rows = rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
     noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
