@@ -165,6 +165,7 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
     )
+    fp8: bool = Field(default=False, description="linear layers of the blocks in fp8, by torchao, on Hopper and newer")
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
 
