@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import in_turns, machine, medians, ratio, table, write
+from comparing import Clock, in_turns, machine, medians, ratio, table, write
 from workload import shape
 
 from vmd_scale.diffusion.noise import Noise
@@ -28,7 +28,10 @@ def main() -> None:
     parser.add_argument("--law", default="balanced")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--processor-time", action="store_true", help="instead of the wall clock: for a busy CPU")
     args = parser.parse_args()
+    if args.processor_time:
+        Clock.count_processor_time()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     layers, width, heads, length = (12, 768, 12, 1024) if on_gpu else (4, 256, 4, 256)
@@ -36,7 +39,12 @@ def main() -> None:
     for name, latent in (("mdm", False), ("vmd", True)):
         torch.manual_seed(0)
         models[name] = VMD(shape(layers, width, heads, length, args.vocab, latent)).to(device, dtype).eval()
-    result: dict[str, Any] = {"machine": machine(), "shape": [layers, width, length], "vocab": args.vocab}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "processor_time": args.processor_time,
+        "shape": [layers, width, length],
+        "vocab": args.vocab,
+    }
     rows = []
     for batch in args.batches:
         for steps in args.steps:

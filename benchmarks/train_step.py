@@ -9,13 +9,12 @@ AdamW, EMA) but in `overhead`, where the same step goes through DeepSpeed (ZeRO-
 
 import argparse
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import in_turns, machine, medians, ratio, seconds_of, table, write
+from comparing import Clock, in_turns, machine, medians, ratio, seconds_of, table, write
 from torch.nn import functional as F
 from workload import BareStep, shape
 
@@ -128,9 +127,9 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
             for batches in list(original(first, last)):
                 times["preparing a batch"].append(seconds_of(bare.prepare))
                 times["bare"].append(seconds_of(lambda batches=batches: bare.step(batches[0])))
-                started = time.perf_counter()
+                started = Clock.now()
                 yield batches
-                times["loop"].append(time.perf_counter() - started)
+                times["loop"].append(Clock.now() - started)
 
         trainer.loader.steps = beside_bare_steps
         trainer.train(0)
@@ -149,9 +148,17 @@ def main() -> None:
     parser.add_argument("--encoder", action="append", default=[], metavar="LAYERSxWIDTH", help="beside the default")
     parser.add_argument("--folder", type=Path, default=Path("runs/train-step-benchmark"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--processor-time", action="store_true", help="instead of the wall clock: for a busy CPU")
     args = parser.parse_args()
+    if args.processor_time:
+        Clock.count_processor_time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {"machine": machine(), "shape": SHAPE, "rows": args.rows}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "processor_time": args.processor_time,
+        "shape": SHAPE,
+        "rows": args.rows,
+    }
 
     def report(name: str, part: dict[str, Any]) -> None:
         result[name] = part

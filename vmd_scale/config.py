@@ -220,6 +220,7 @@ class TrainingConfig(Section):
         "only its own",
     )
     lora: LoRAConfig | None = Field(default=None, description="low-rank adapters instead of full weights")
+    fp8: bool = Field(default=False, description="linear layers of the blocks in fp8, by torchao, on Hopper and newer")
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
 

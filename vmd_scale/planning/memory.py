@@ -85,11 +85,12 @@ def buffers_of(stage: int, low: int, parameters: int, bucket: float, freed: floa
     """Where gradients travel in DeepSpeed 0.19, as benchmarks/memory.py finds it.
 
     Stage 0, and stage 1 in bf16, flatten them in fp32 after the backward pass, when `freed` bytes of activations are
-    gone; the latter has those in bf16 beside. The others fill a bucket meanwhile, with the gradients that wait for it.
+    gone; the latter has those in bf16 beside, twice. The others fill a bucket meanwhile, with the gradients that wait
+    for it.
     """
     in_bucket = min(bucket, parameters)
     if stage == 0 or (stage == 1 and low < 4):
-        beside = low * parameters if stage == 1 else 0
+        beside = 2 * low * parameters if stage == 1 else 0
         return beside + max(0.0, 4 * in_bucket - freed)
     return low * in_bucket * (1 if stage == 1 else 2)
 

@@ -11,6 +11,7 @@ from vmd_scale.config import Config
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.planning.memory import BUCKET
+from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
 
@@ -135,6 +136,8 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
     model.to(world.device)
     model.fused_loss = config.zero_stage < 3
     model.checkpoint_activations(config.training.activation_checkpointing)
+    if config.training.fp8:
+        convert_to_fp8(model)
     if config.training.compile and world.device.type == "cuda":
         model.compiled_loss = True
         for stack in model.stacks:

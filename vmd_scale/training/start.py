@@ -20,6 +20,7 @@ from vmd_scale.files import write_atomically
 from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
+from vmd_scale.training.fp8 import check_fp8
 from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
@@ -45,6 +46,8 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
     deepspeed_config(config, world_size or world_size_from_environment(), resolve_precision(config, device))
     if config.model.attention == "flash" and not flash_available():
         raise UserError("model.attention 'flash' needs a GPU and flash-attn (pip install flash-attn); or use 'auto'")
+    if config.training.fp8:
+        check_fp8(resolve_precision(config, device))
     for protocol in config.evaluation.protocols:
         get_protocol(protocol)
 
