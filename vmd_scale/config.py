@@ -121,23 +121,27 @@ class DataConfig(CorpusConfig):
 
 
 class ModelConfig(Section):
-    layers: int = Field(default=12, ge=1)
-    width: int = Field(default=768, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    tie_embeddings: bool = False
+    layers: int = Field(default=12, ge=1, description="of the denoiser")
+    width: int = Field(default=768, ge=1, description="of the residual stream, D")
+    heads: int = Field(default=12, ge=1, description="of attention; width / heads is even")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP / width")
+    mlp: Literal["gelu", "swiglu"] = Field(default="gelu", description="swiglu has as many parameters as gelu")
+    norm: Literal["layernorm", "rmsnorm"] = Field(default="layernorm", description="computed in fp32; no biases")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what a block adds, in training")
+    tie_embeddings: bool = Field(default=False, description="the head is the embedding of the tokens")
     time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
     biases: bool = Field(default=False, description="of MLPs and head, which MDLM's weights have")
-    attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = "auto"
+    attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = Field(
+        default="auto", description="kernel; auto: flash-attn where it is installed, flex for blocks on GPU, else sdpa"
+    )
 
 
 class LatentConfig(Section):
     width: int = Field(default=0, ge=0, description="d_z; 0 is the plain masked diffusion model (MDM)")
     scope: Literal["row", "block"] = Field(default="row", description="one z a row, or one z a block of the row")
-    injection: Literal["adaln", "add"] = "adaln"
+    injection: Literal["adaln", "add"] = Field(
+        default="adaln", description="how the denoiser hears z: modulation of every block, or added to the embeddings"
+    )
     encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
     encoder_width: int | None = Field(default=None, ge=1, description="null: half of model.width, in whole heads")
     prior: Literal["standard", "conditional"] = Field(
@@ -146,9 +150,9 @@ class LatentConfig(Section):
 
 
 class KLWeight(Section):
-    start: float = Field(default=1.0, ge=0)
-    end: float = Field(default=1.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    start: float = Field(default=1.0, ge=0, description="factor of the KL at the first step")
+    end: float = Field(default=1.0, ge=0, description="factor of the KL after warmup_steps; below 1 it is no bound")
+    warmup_steps: int = Field(default=0, ge=0, description="from start to end, linearly")
 
     def at(self, step: int) -> float:
         """Weight of the KL at a training step: linear from start to end."""
@@ -174,7 +178,7 @@ class DiffusionConfig(Section):
 
 
 class LoRAConfig(Section):
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, description="of the two factors; required where lora is given at all")
     alpha: float = Field(default=16.0, gt=0, description="the low-rank product is multiplied by alpha / rank")
     layers: tuple[str, ...] = Field(
         default=("*.attention.qkv", "*.attention.out", "*.mlp.up", "*.mlp.down"),
@@ -184,20 +188,24 @@ class LoRAConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer steps of the run")
     global_batch: int = Field(ge=1, description="rows in an optimizer step, over all ranks and accumulation")
     micro_batch: int = Field(ge=1, description="rows in one forward on one rank")
-    learning_rate: float = Field(default=3e-4, gt=0)
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=2500, ge=0)
+    learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, after warmup_steps")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="after warmup_steps; a pure function of the step"
+    )
+    warmup_steps: int = Field(default=2500, ge=0, description="the learning rate rises linearly")
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where cosine and linear end")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="of AdamW"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices, not of vectors")
     gradient_clip: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="0 is off")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPU, fp32 on CPU")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    checkpoint_every: int = Field(default=1000, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order of rows and all noise")
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: int = Field(default=3, ge=1, description="the newest; the best on validation is kept beside them")
     max_skipped_steps: int = Field(
         default=10, ge=1, description="so many steps in a row with a non-finite loss or gradient, and the run ends"
@@ -227,15 +235,17 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     every: int | None = Field(default=None, ge=1, description="evaluate on validation every N steps; null: never")
     protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: the data's own")
-    steps: StepCounts = (8, 32, "inf")
+    steps: StepCounts = Field(default=(8, 32, "inf"), description="the T of the bounds")
     rows: int = Field(default=2048, ge=2, description="validation rows at most")
     samples: int = Field(default=0, ge=0, description="rows to draw and write down at every evaluation")
 
 
 class TelemetryConfig(Section):
-    log_every: int = Field(default=50, ge=1)
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "vmd_scale"
+    log_every: int = Field(default=50, ge=1, description="steps between records; only then is the device waited for")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="never needed: without it, or without a network, the run goes on"
+    )
+    wandb_project: str = Field(default="vmd_scale", description="name of the project there")
 
 
 class Config(Section):
