@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -49,11 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/data-benchmark"), help="scratch space")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--prepare", metavar="DATA", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
-    if args.prepare:
-        print(json.dumps(prepare_here(DataConfig.model_validate_json(args.prepare))))
-        return
     args.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"cpus": len(os.sched_getaffinity(0)), "repeats": args.repeats}
     texts = {size: text_of(args.documents, size, args.folder) for size in (SMALL, LARGE)}
@@ -100,14 +95,42 @@ def data_config(source: Path, shards: Path, args: argparse.Namespace, workers: i
 # Preparation
 
 
-def prepare_here(data: DataConfig) -> dict[str, float]:
+def preparation(data: DataConfig, folder: Path) -> dict[str, float]:
+    """The whole command as a user runs it, start-up included; peaks of it and of its largest worker."""
+    config, manifest = folder / "prepare.json", folder / "manifest.json"
+    config.write_text(training_config(data, 1, 1).to_json())
+    command = [sys.executable, str(ROOT / "launchers" / "prepare_data.py"), "--config", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
     started = time.perf_counter()
-    record = prepare(data, progress=False).splits["train"]
-    seconds = time.perf_counter() - started
-    own, workers = (
-        resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(
+        [*command, "--json", str(manifest)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    return {"tokens": record.rows * data.row_length, "seconds": seconds, "own_mib": own, "worker_mib": workers}
+    own = worker = 0.0
+    while process.poll() is None:
+        own = max(own, peak_mib(process.pid))
+        worker = max([worker, *(peak_mib(child) for child in children(process.pid))])
+        time.sleep(0.05)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    rows = json.loads(manifest.read_text())["splits"]["train"]["rows"]
+    return {"tokens": rows * data.row_length, "seconds": seconds, "own_mib": own, "worker_mib": worker}
+
+
+def peak_mib(process: int) -> float:
+    """Largest resident size so far. Not of getrusage: it begins with what the parent had before exec."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):  # it has ended
+        return 0.0
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def measure_preparation(texts: Mapping[int, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -118,10 +141,7 @@ def measure_preparation(texts: Mapping[int, Path], args: argparse.Namespace) -> 
             shards = args.folder / "prepared"
             shutil.rmtree(shards, ignore_errors=True)
             data = data_config(texts[size], shards, args, workers)
-            command = [sys.executable, __file__, str(args.documents), "--prepare", data.model_dump_json()]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
-            found[size, workers].append(json.loads(answer.stdout))
+            found[size, workers].append(preparation(data, args.folder))
     return [
         {
             "text_bytes": texts[size].stat().st_size,
