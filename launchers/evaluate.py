@@ -27,7 +27,7 @@ import torch
 from vmd_scale.checkpoints import TrainedModel, load_trained
 from vmd_scale.config import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.compat import INTERVALS
 from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler
@@ -72,7 +72,8 @@ def main() -> None:
                 results += score(trained, ShardReader(prepared_in / name, request.split), request, ranks, say)
         else:
             request = make_request(args, trained, args.protocol, args.split)
-            reader = ShardReader(args.shards or trained.config.data.shards, args.split)
+            shards = args.shards or trained.config.data.shards
+            reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
             results = score(trained, reader, request, ranks, say)
             if trained.config.latent.width:
                 objective = trained.config.diffusion.objective
@@ -184,7 +185,7 @@ def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say:
         raise UserError(f"{error}; --temperature is at least 0, --nucleus in (0, 1]") from None
     samplers = [replace(plain, steps=steps) for steps in parse_step_list(args.steps, "--steps")]
     shards = args.shards or trained.config.data.shards
-    reader = ShardReader(shards, args.split)
+    reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
     check_reader(reader, trained)
     judge = load_judge(args.judge, shards, trained.tokenizer, next(trained.model.parameters()).device)
     results = evaluate_generation(trained, samplers, judge, reader, args.count, args.seed, args.micro_batch, ranks)
