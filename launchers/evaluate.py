@@ -1,90 +1,205 @@
 """Evaluate a checkpoint: valid bounds on the likelihood of its T-step samplers, with standard errors.
 
-    python launchers/evaluate.py --checkpoint runs/text8 --protocol text8 --steps 1,4,16,inf
+    python launchers/evaluate.py --checkpoint runs/text8 --protocol text8 --split test --steps 1,4,16,inf
     python launchers/evaluate.py --checkpoint runs/text8 --steps 1,4 --k 16 --rows 512 --json bounds.json
+    torchrun --nproc-per-node 8 launchers/evaluate.py --checkpoint runs/lm1b --protocol lm1b_packed --until-error 0.01
+    python launchers/evaluate.py --checkpoint runs/openwebtext --protocol zero_shot \\
+        --source ptb=ptb.valid.txt --source lambada=lambada_test.jsonl
+    python launchers/evaluate.py --checkpoint runs/text8 --protocol generation --steps 1,4,16 --judge ngram
 
 Every number is an upper bound (in expectation) on the negative log-likelihood of the sampler that it names: T steps (in
 each block, for block diffusion), latent fixed or fresh, law of the paths. K = 1 is the ELBO by one random step; K > 1
 the importance-weighted bound over whole paths, which costs K x T forwards. Orders by confidence (--paths top_prob,
 margin, entropy) are replayed step by step, T forwards for each K; without a latent that is the exact likelihood.
---surrogate adds the training surrogate of the VMD and VADD papers, which bounds nothing.
+--surrogate adds the training surrogate of the VMD and VADD papers, --interval mdlm_compat computes MDLM's own estimate:
+both bound nothing. Protocol generation draws samples and asks a judge: a folder of any causal Hugging Face model, or an
+n-gram model of the run's own corpus.
 """
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vmd_scale.checkpoints import load_trained
+from vmd_scale.checkpoints import TrainedModel, load_trained
 from vmd_scale.config import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
+from vmd_scale.diffusion.compat import INTERVALS
 from vmd_scale.diffusion.paths import LAWS
+from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.evaluation.generation import evaluate_generation, generation_table
+from vmd_scale.evaluation.judges import load_judge, parse_judge
 from vmd_scale.evaluation.latent import latent_usage
-from vmd_scale.evaluation.perplexity import Request, evaluate, table
-from vmd_scale.evaluation.protocols import PROTOCOLS, get_protocol
+from vmd_scale.evaluation.perplexity import Ranks, Request, Result, evaluate
+from vmd_scale.evaluation.protocols import PROTOCOLS, ZERO_SHOT, get_protocol
+from vmd_scale.evaluation.tables import beside_published, table
+from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import write_json
+from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
+
+SUITES = ("zero_shot", "generation")
 
 
 @reports_user_errors
 def main() -> None:
+    args = parse_arguments()
+    if args.protocol not in SUITES:
+        get_protocol(args.protocol)
+    parse_step_list(args.steps, "--steps")
+    sources = parse_sources(args.source) if args.protocol == "zero_shot" else {}
+    if args.protocol == "generation":
+        parse_judge(args.judge)
+    world = join_world() if world_size_from_environment() > 1 else None
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if world is None else world.device
+        ranks = Ranks() if world is None else Ranks(world.rank, world.size, world.host_group)
+        trained = load_trained(args.checkpoint, args.weights, device)
+        say = print if ranks.rank == 0 else lambda *_: None
+        say(f"{trained.checkpoint}, {trained.weights} weights")
+        if args.protocol == "generation":
+            results = generate(args, trained, ranks, say)
+        elif args.protocol == "zero_shot":
+            prepared_in = Path(args.shards or trained.checkpoint.parent.parent / "zero_shot")
+            prepare_zero_shot(sources, trained, prepared_in, world)
+            results = []
+            for name in sources:
+                request = make_request(args, trained, f"zero_shot/{name}", ZERO_SHOT[name].split)
+                results += score(trained, ShardReader(prepared_in / name, request.split), request, ranks, say)
+        else:
+            request = make_request(args, trained, args.protocol, args.split)
+            shards = args.shards or trained.config.data.shards
+            reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
+            results = score(trained, reader, request, ranks, say)
+            if trained.config.latent.width:
+                objective = trained.config.diffusion.objective
+                used = latent_usage(trained.model, reader, trained.step, objective, micro_batch=args.micro_batch)
+                say(f"latent: {used.describe()}")
+        if args.json and ranks.rank == 0:
+            write_json(args.json, results)
+    finally:
+        if world is not None:
+            leave_world()
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in PROTOCOLS if "/" not in name] + list(SUITES)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
-    parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(PROTOCOLS)}")
+    parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(names)}")
     parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
     parser.add_argument("--steps", default="inf", metavar="T,T,...", help="numbers of sampling steps, such as 1,4,inf")
     parser.add_argument(
         "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
     )
     parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
-    parser.add_argument("--k", default="1", metavar="K,K,...", help="importance samples; more is tighter and dearer")
-    parser.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
-    parser.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
     parser.add_argument("--shards", metavar="DIR", help="the prepared data; default: what the run was trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch", type=int, default=64, help="rows in one forward")
-    parser.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list of objects")
-    args = parser.parse_args()
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    bounds = parser.add_argument_group("bounds")
+    bounds.add_argument("--k", default="1", metavar="K,K,...", help="importance samples; more is tighter and dearer")
+    bounds.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
+    bounds.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
+    bounds.add_argument(
+        "--until-error", type=float, metavar="BITS", help="stop at this standard error, in bits per token"
+    )
+    bounds.add_argument("--interval", default="full", choices=INTERVALS, help="of t; full is (0, 1]")
+    bounds.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
+    bounds.add_argument(
+        "--source", action="append", default=[], metavar="SET=FILE", help=f"for zero_shot: {', '.join(ZERO_SHOT)}"
+    )
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--judge", default="ngram", metavar="DIR", help="folder of a causal model, ngram or ngram:ORDER"
+    )
+    generation.add_argument("--count", type=int, default=64, help="samples for each number of steps")
+    generation.add_argument("--temperature", type=float, default=1.0, help="of the tokens")
+    generation.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
+    return parser.parse_args()
 
-    protocol, steps = get_protocol(args.protocol), parse_step_list(args.steps, "--steps")
-    samples = parse_counts(args.k, "--k")
-    trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
-    request = Request(
-        protocol=protocol.name,
-        split=args.split,
-        steps=steps,
+
+def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str, split: str) -> Request:
+    compat = args.interval != "full" or get_protocol(protocol).pads_attended
+    return Request(
+        protocol=protocol,
+        split=split,
+        steps=parse_step_list(args.steps, "--steps"),
         latent=args.latent,
-        samples=samples,
+        samples=parse_counts(args.k, "--k"),
         draws=args.draws,
         rows=args.rows,
-        paths=args.paths or trained.config.diffusion.paths,
+        paths=args.paths or ("bernoulli" if compat else trained.config.diffusion.paths),
         seed=args.seed,
         micro_batch=args.micro_batch,
         surrogate=args.surrogate,
+        interval=args.interval,
+        until_error=None if args.until_error is None else args.until_error * math.log(2),
     )
-    reader = ShardReader(args.shards or trained.config.data.shards, args.split)
-    protocol.check(reader.manifest)
+
+
+def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Path, world: World | None) -> None:
+    """Rank 0 prepares, the others wait; what is wrong is an error on all of them."""
+    problem = None
+    if world is None or world.is_main:
+        try:
+            for name, source in sources.items():
+                prepare_set(name, source, trained.config.data, folder)
+        except UserError as error:
+            problem = str(error)
+    problem = problem if world is None else world.first_problem(problem)
+    if problem is not None:
+        raise UserError(problem)
+
+
+def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
+    """Bounds on one split, printed and returned as plain values."""
+    check_reader(reader, trained)
+    results: list[Result] = evaluate(trained.model, reader, request, trained.weights, trained.step, ranks)
+    say(f"\nprotocol {request.protocol}: {get_protocol(request.protocol).description}")
+    say(table(results))
+    wanted = request.until_error
+    if wanted is not None and any(result.standard_error > wanted for result in results):
+        say("--until-error: not reached with all the rows; more --draws take away the noise of the estimate alone")
+    if request.surrogate:
+        say(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
+    if published := beside_published(results):
+        say(published)
+    return [result.to_dict() for result in results]
+
+
+def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
+    """Figures of samples, printed and returned as plain values."""
+    if args.count < 2 or args.micro_batch < 1:
+        raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: at least 2 and 1")
+    law = args.paths or trained.config.diffusion.paths
+    try:
+        plain = Sampler(1, args.latent, law, args.temperature, args.nucleus)
+    except ValueError as error:
+        raise UserError(f"{error}; --temperature is at least 0, --nucleus in (0, 1]") from None
+    samplers = [replace(plain, steps=steps) for steps in parse_step_list(args.steps, "--steps")]
+    shards = args.shards or trained.config.data.shards
+    reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
+    check_reader(reader, trained)
+    judge = load_judge(args.judge, shards, trained.tokenizer, next(trained.model.parameters()).device)
+    results = evaluate_generation(trained, samplers, judge, reader, args.count, args.seed, args.micro_batch, ranks)
+    say(generation_table(results))
+    return [result.to_dict() for result in results]
+
+
+def check_reader(reader: ShardReader, trained: TrainedModel) -> None:
     check_tokenizer(reader.manifest, reader.folder, trained.tokenizer)
     if reader.row_length != trained.config.data.row_length:
         raise UserError(
             f"--shards {reader.folder}: rows of {reader.row_length}, the model was trained on "
             f"{trained.config.data.row_length}"
         )
-    results = evaluate(trained.model, reader, request, trained.weights, trained.step)
-    print(f"{trained.checkpoint}, {trained.weights} weights, protocol {protocol.name}: {protocol.description}")
-    print(table(results))
-    if trained.config.latent.width:
-        objective = trained.config.diffusion.objective
-        used = latent_usage(trained.model, reader, trained.step, objective, micro_batch=args.micro_batch)
-        by_ratio = ", ".join(f"{kl:.3f} at {ratio}" for ratio, kl in used.kl_by_mask_ratio.items())
-        print(f"latent: {used.active_units} of {used.latent_width} units active; KL in nats, by mask ratio: {by_ratio}")
-    if args.surrogate:
-        print(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
-    if args.json:
-        write_json(args.json, [result.to_dict() for result in results])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python launchers/prepare_data.py --config configs/quickstart.json      prepare what its data section says
     python launchers/prepare_data.py --config C --set data.workers=16      with 16 processes; the output is the same
-    python launchers/prepare_data.py inspect DIR                           statistics and a decoded row
+    python launchers/prepare_data.py inspect DIR                           statistics, lengths, a decoded row
+    python launchers/prepare_data.py inspect DIR --plot lengths.png        and a picture of the lengths
     python launchers/prepare_data.py verify DIR                            compare every file with its checksum
 
 A preparation that was killed is started again with the same command: finished splits are kept. Shards that are there
@@ -14,8 +15,9 @@ import logging
 from pathlib import Path
 
 from vmd_scale.config import load_config
-from vmd_scale.data.inspection import describe, inspect
-from vmd_scale.data.prepare import prepare
+from vmd_scale.data.inspection import describe, inspect, plot_lengths
+from vmd_scale.data.manifest import read_manifest
+from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import verify_folder
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
@@ -31,21 +33,24 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, validation, test; default: all there are")
     parser.add_argument("--force", action="store_true", help="throw away what data.shards holds and start again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the resulting manifest there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with inspect: draw the lengths of the documents")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     if args.action == "prepare":
         if args.folder or not args.config:
             raise UserError("expected --config FILE, or: inspect DIR, verify DIR; see --help")
-        manifest = prepare(load_config(args.config, args.set).data, splits=args.splits, force=args.force)
-        print(describe(manifest))
+        manifests = prepare_all(load_config(args.config, args.set).data, splits=args.splits, force=args.force)
+        print("\n\n".join(describe(manifest) for manifest in manifests.values()))
         if args.json:
-            write_atomically(args.json, manifest.model_dump_json(indent=2).encode())
+            write_atomically(args.json, next(iter(manifests.values())).model_dump_json(indent=2).encode())
         return
     if not args.folder or args.config:
         raise UserError(f"expected: {args.action} DIR; see --help")
     if args.action == "inspect":
         print(inspect(args.folder))
+        if args.plot:
+            plot_lengths(read_manifest(args.folder), args.plot)
     else:
         manifest = verify_folder(args.folder)
         print(f"{args.folder}: every file of {', '.join(manifest.splits)} is as it was written")

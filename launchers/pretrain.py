@@ -12,19 +12,12 @@ a file named STOP appears in the run folder, it writes a checkpoint and exits wi
 
 import argparse
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import (
-    COLLECTIVE_TIMEOUT,
-    join_world,
-    leave_world,
-    rank_from_environment,
-    world_size_from_environment,
-)
+from vmd_scale.training.launch import rank_from_environment, world_size_from_environment
 
 
 @reports_user_errors
@@ -52,7 +45,8 @@ def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
-    from vmd_scale.planning import describe, peak_flops, plan
+    from vmd_scale.planning.hardware import peak_flops
+    from vmd_scale.planning.plan import describe_run
     from vmd_scale.training.engine import resolve_precision
     from vmd_scale.training.start import check_before_start
 
@@ -61,35 +55,25 @@ def dry_run(config: Config, ranks: int | None) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)
     architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
-    return describe(plan(config, architecture, world_size, precision), config, world_size, peak_flops(device))
+    on_gpu = device.type == "cuda"
+    return describe_run(config, architecture, world_size, precision, on_gpu, peak_flops(device))
 
 
 def show_rows(config: Config) -> str:
-    from vmd_scale.data.prepare import prepare
+    from vmd_scale.data.prepare import prepare_all
     from vmd_scale.preview import preview
 
-    prepare(config.data)
+    prepare_all(config.data)
     return preview(config, load_tokenizer(config.data.tokenizer))
 
 
 def run(config: Config, output: Path, resume: str) -> int:
     from vmd_scale.checkpoints import whole_checkpoints
-    from vmd_scale.training.start import check_before_start, prepare_together, pretrain
-    from vmd_scale.training.telemetry import start_logging
+    from vmd_scale.training.start import start
 
     if resume == "never" and whole_checkpoints(output / "checkpoints"):
         raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_before_start(config)
-    hang = config.training.hang_timeout
-    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
-    try:
-        prepare_together(config, world, tokenizer)
-        output.mkdir(parents=True, exist_ok=True)
-        start_logging(output, world.rank)
-        return pretrain(config, output, world, tokenizer)
-    finally:
-        leave_world()
+    return start(config, output)
 
 
 if __name__ == "__main__":

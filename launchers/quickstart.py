@@ -58,7 +58,7 @@ def main() -> None:
 
     say("export")
     if is_older(EXPORTED / "config.json", evaluation):
-        python("export.py", "--checkpoint", RUN, "--output", EXPORTED, "--evaluation", evaluation)
+        python("export.py", "--checkpoint", RUN, "--output", EXPORTED, "--encoder", "--evaluation", evaluation)
 
     say("report")
     python("report.py", RUN)

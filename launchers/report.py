@@ -1,6 +1,8 @@
-"""Write one HTML page about a run: settings, training curves, bounds against sampling steps, samples.
+"""Write one HTML page about a run, or several: settings, curves, bounds against sampling steps, events, samples.
 
     python launchers/report.py runs/text8                          writes runs/text8/report.html
+    python launchers/report.py runs/text8 runs/text8_mdm           side by side: the bound beside the MDM baseline
+    python launchers/report.py runs/text8 --watch 60               again every minute until the run ends
     python launchers/report.py runs/text8 --output page.html --png pictures
 
 Works while the run goes on. Final bounds and samples are shown where the run folder holds them:
@@ -10,21 +12,33 @@ Works while the run goes on. Final bounds and samples are shown where the run fo
 """
 
 import argparse
+import time
 from pathlib import Path
 
-from vmd_scale.errors import reports_user_errors
+from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.report import write_report
+from vmd_scale.training.status import read_status
 
 
 @reports_user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder: what pretrain.py wrote with --output")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: RUN/report.html")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder: what pretrain.py wrote")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: report.html in the first RUN")
+    parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it again and again while a run goes on")
     parser.add_argument("--png", type=Path, metavar="DIR", help="write each picture there as well")
     args = parser.parse_args()
 
-    print(write_report(args.run, args.output, args.png))
+    if args.watch is not None and args.watch < 1:
+        raise UserError(f"--watch {args.watch}: must be at least 1")
+    while args.watch and goes_on(args.runs):
+        print(write_report(args.runs, args.output, args.png, refresh=args.watch), flush=True)
+        time.sleep(args.watch)
+    print(write_report(args.runs, args.output, args.png))
+
+
+def goes_on(runs: list[Path]) -> bool:
+    return any(status is not None and status.state == "running" for status in map(read_status, runs))
 
 
 if __name__ == "__main__":

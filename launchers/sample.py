@@ -3,6 +3,7 @@
     python launchers/sample.py --checkpoint runs/text8 --steps 1,4,16,64 --count 4
     python launchers/sample.py --checkpoint runs/text8 --steps 8 --latent fresh --json samples.json
     python launchers/sample.py --checkpoint runs/text8 --steps 32 --paths margin --temperature 0.8 --nucleus 0.95
+    python launchers/sample.py --checkpoint runs/chat --steps 64 --prompt "Write a haiku about rain."
 
 Sample number n of a seed is always the same sample, whatever it is batched with. Draws are made in float64.
 """
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import torch
 
-from vmd_scale.checkpoints import load_trained
+from vmd_scale.checkpoints import TrainedModel, load_trained
 from vmd_scale.config import parse_step_list
+from vmd_scale.data.corpora import normalizer_name
+from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
+from vmd_scale.model import Architecture
 
 
 @reports_user_errors
@@ -36,6 +40,9 @@ def main() -> None:
     parser.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
     parser.add_argument("--order-noise", type=float, default=0.0, help="Gumbel noise on the confidence (MaskGIT)")
     parser.add_argument("--remask", type=float, default=0.0, help="mask up to this share again after a step (ReMDM)")
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="what the samples begin with; ends at an end token"
+    )
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--micro-batch", type=int, default=16, help="rows in one forward; does not change the samples")
@@ -46,18 +53,50 @@ def main() -> None:
         raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: both must be at least 1")
     steps = parse_step_list(args.steps, "--steps")
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
+    prompt, a = prompt_tokens(args.prompt, trained), trained.model.architecture
     records = []
     for wanted, name in zip(steps, args.steps.split(","), strict=True):
         sampler = make_sampler(wanted, args, trained.config.diffusion.paths)
         batches = torch.arange(args.count).split(args.micro_batch)
-        rows = [row for some in batches for row in sample(trained.model, sampler, Noise(args.seed), some).tolist()]
-        texts = [trained.tokenizer.decode(row) for row in rows]
+        rows = [
+            row
+            for some in batches
+            for row in sample(trained.model, sampler, Noise(args.seed), some, *given_rows(prompt, some, a)).tolist()
+        ]
+        texts = [trained.tokenizer.decode(until_end(row, len(prompt), trained.tokenizer.end_id)) for row in rows]
         drawn = {**asdict(sampler), "steps": name, "seed": args.seed}
+        if args.prompt:
+            drawn["prompt"] = args.prompt
         records.append({**drawn, "texts": texts})
         print(", ".join(f"{'T' if key == 'steps' else key} {value}" for key, value in drawn.items()))
         print("".join(f"  {text}\n" for text in texts))
     if args.json:
         write_json(args.json, records)
+
+
+def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
+    """int64 [n], normalised and encoded as training texts are."""
+    if not text:
+        return torch.zeros(0, dtype=torch.int64)
+    data = trained.config.data
+    tokens = torch.from_numpy(trained.tokenizer.encode(NORMALIZERS[normalizer_name(data)](text)))
+    if len(tokens) >= data.row_length:
+        raise UserError(f"--prompt: {len(tokens)} tokens; the model's rows have {data.row_length}, and need room")
+    return tokens
+
+
+def given_rows(prompt: torch.Tensor, some: torch.Tensor, a: Architecture) -> tuple[torch.Tensor, ...]:
+    """Rows that begin with the prompt, and where they are to be drawn; nothing without a prompt."""
+    if not len(prompt):
+        return ()
+    rows = torch.full((len(some), a.row_length), a.mask_id)
+    rows[:, : len(prompt)] = prompt
+    return rows, rows == a.mask_id
+
+
+def until_end(row: list[int], begin: int, end_id: int | None) -> list[int]:
+    """A response without the end tokens that fill its row; a sample without a prompt is left whole."""
+    return row[: row.index(end_id, begin)] if begin and end_id in row[begin:] else row
 
 
 def make_sampler(steps: float, args: argparse.Namespace, paths: str) -> Sampler:

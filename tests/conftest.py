@@ -123,11 +123,11 @@ class Lab:
         """Plain ``python launchers/NAME.py ...``."""
         return self.command([sys.executable, f"launchers/{launcher}.py", *map(str, arguments)], timeout)
 
-    def command(self, command: list[str], timeout: float = 180, **environment: str) -> Finished:
+    def command(self, command: list[str], timeout: float = 180, cwd: Path = ROOT, **environment: str) -> Finished:
         """Any command; its whole process group ends with it."""
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=self.environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmd_scale.adapters import add_adapters, freeze
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch
 from vmd_scale.data.manifest import Manifest
-from vmd_scale.data.roles import Role
+from vmd_scale.data.roles import Role, is_counted
 from vmd_scale.diffusion.importance import ImportanceWeightedObjective
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import Objective
@@ -32,6 +33,7 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
         dropout=model.dropout,
         tie_embeddings=model.tie_embeddings,
         time_conditioning=model.time_conditioning,
+        biases=model.biases,
         attention=model.attention,
         condition_width=min(CONDITION_WIDTH, model.width),
         latent_width=latent.width,
@@ -39,14 +41,25 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
         encoder_layers=config.encoder_layers,
         encoder_width=config.encoder_width,
         prior=latent.prior,
+        documents=config.documents,
     )
 
 
 def build_model(config: Config, vocab_size: int) -> VMD:
-    """A freshly initialised model; a function of the seed alone."""
+    """A freshly initialised model, a function of the seed alone, with adapters and frozen parts where wanted.
+
+    Raises:
+        UserError: a pattern of names that nothing has.
+    """
+    training = config.training
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        return VMD(build_architecture(config, vocab_size))
+        torch.manual_seed(training.seed)
+        model = VMD(build_architecture(config, vocab_size))
+        if training.lora is not None:
+            add_adapters(model, training.lora)
+    if training.trainable or training.lora:
+        freeze(model, training.trainable)
+    return model
 
 
 def build_objective(config: Config, vocab_size: int) -> Objective:
@@ -56,6 +69,7 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
         "steps": step_values(diffusion.steps),
         "law": diffusion.paths,
         "groups": config.groups,
+        "documents": config.documents,
         "latent_width": config.latent.width,
         "mask_id": vocab_size,
         "noise": Noise(config.training.seed),
@@ -66,12 +80,16 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
 
 
 def masks_of(batch: Batch, manifest: Manifest) -> tuple[Tensor, Tensor | None]:
-    """Which positions may be masked, bool [B, L], and which may be attended, bool [B, L] or None for all.
+    """Which positions may be masked, bool [B, L], and which may be attended.
+
+    The latter is bool [B, L], or None for all; packing `document` tells documents apart, see model/documents.py.
 
     Whether there is an attention mask depends on the packing alone, so that all batches of a run look alike.
     """
     if batch.roles is None:
         maskable = torch.ones_like(batch.tokens, dtype=torch.bool)
         return maskable, maskable if manifest.packing == "pad" else None
-    attend = batch.roles != Role.PADDING if manifest.packing == "pad" else None
-    return batch.roles == Role.ORDINARY, attend
+    maskable, filled = is_counted(batch.roles), batch.roles != Role.PADDING
+    if manifest.packing == "document":
+        return maskable, (batch.roles == Role.FIRST).cumsum(1).masked_fill(~filled, 0).int()
+    return maskable, filled if manifest.packing == "pad" else None

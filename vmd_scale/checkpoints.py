@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from vmd_scale.adapters import merged
 from vmd_scale.build import build_architecture
 from vmd_scale.config import Config, parse_config
 from vmd_scale.errors import UserError
@@ -62,6 +63,7 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     names = [name for name in sorted(wanted) if name.startswith("weights-")]
     weights: dict[str, torch.Tensor] = {}
     missing: dict[str, int] = {}
+    found: set[str] = set()
     for name in names:
         problem = damage(checkpoint / name, wanted[name])
         if problem is not None:
@@ -70,15 +72,16 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
             shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 its_kind, parameter, start = key.split("/")
-                if its_kind != prefix:
+                if its_kind not in (prefix, "frozen"):
                     continue
+                found.add(its_kind)
                 values = file.get_tensor(key)
                 if parameter not in weights:
                     weights[parameter] = torch.empty(shapes[parameter])
                     missing[parameter] = weights[parameter].numel()
                 weights[parameter].view(-1)[int(start) : int(start) + len(values)] = values
                 missing[parameter] -= len(values)
-    if not weights:
+    if prefix not in found:
         raise UserError(f"{checkpoint} holds no {kind} weights" + (" (training.ema_decay 0)" if kind == "ema" else ""))
     incomplete = [parameter for parameter, count in missing.items() if count]
     if incomplete:
@@ -137,5 +140,5 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
         )
     architecture = build_architecture(config, tokenizer.vocab_size)
     model = VMD(replace(architecture, attention="auto"))  # trained with flash-attn, used where there is none
-    model.load_state_dict(load_weights(checkpoint, weights))
+    model.load_state_dict(merged(load_weights(checkpoint, weights), config.training.lora))
     return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)

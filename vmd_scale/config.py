@@ -61,58 +61,98 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class DataConfig(Section):
+class CorpusConfig(Section):
     corpus: str = Field(description="a named corpus (vmd_scale/data/corpora): python_docs, text8, lm1b, ...")
     source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
         default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
     )
-    tokenizer: str = Field(description="text8, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files")
-    row_length: int = Field(ge=2, description="tokens in a row, L")
-    packing: Literal["wrap", "pad"] = Field(
-        default="wrap", description="wrap: concatenate and cut every L; pad: one document a row"
+    text_column: str | None = Field(
+        default=None,
+        description='where records of .jsonl, .parquet and the hub have their text; null: "text" or the corpus\' own',
     )
-    row_specials: bool = Field(
-        default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
-    )
-    normalizer: Literal["none", "text8", "lm1b"] | None = Field(
+    normalizer: Literal["none", "text8", "lm1b", "ptb", "wikitext", "lambada", "scientific"] | None = Field(
         default=None, description="text clean-up before tokenization; null: what the corpus is published with"
     )
     validation_documents: int | None = Field(
         default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
     )
-    shards: str = Field(description="folder of the prepared shards")
+    shards: str = Field(description="folder of the prepared shards, or a URL: s3://, gs://, hf://, ...")
+    weight: float = Field(default=1.0, gt=0, description="share of the training rows, in proportion to the others'")
+
+
+class DataConfig(CorpusConfig):
+    mixture: tuple[CorpusConfig, ...] = Field(
+        default=(), description="more corpora to train on; bounds are computed on this section's own corpus"
+    )
+    tokenizer: str = Field(
+        description="text8, text8_mdlm, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files"
+    )
+    row_length: int = Field(ge=2, description="tokens in a row, L")
+    packing: Literal["wrap", "pad", "document"] = Field(
+        default="wrap",
+        description="wrap: concatenate and cut every L; pad: one document a row; document: several whole documents a "
+        "row, each attends to itself only and has a latent of its own",
+    )
+    documents_per_row: int = Field(default=8, ge=1, description="at most, with packing document")
+    row_specials: bool = Field(
+        default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
+    )
     shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
+    cache: str | None = Field(
+        default=None, description="folder for local copies of remote shards; null: ~/.cache/vmd_scale/shards"
+    )
+    cache_gib: float = Field(default=100.0, gt=0, description="GiB that these copies may take on a node")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Self:
+        folders = [self.shards, *(each.shards for each in self.mixture)]
+        for folder in folders:
+            if folders.count(folder) > 1:
+                raise ValueError(
+                    f"data.mixture: two corpora have the same shards, {folder!r}; each needs its own folder"
+                )
+        return self
+
+    def corpora(self) -> tuple["DataConfig", ...]:
+        """This corpus and those of the mixture, each with all of its settings."""
+        alone = self.model_copy(update={"mixture": ()})
+        return (alone, *(alone.model_copy(update=dict(each)) for each in self.mixture))
 
 
 class ModelConfig(Section):
-    layers: int = Field(default=12, ge=1)
-    width: int = Field(default=768, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    tie_embeddings: bool = False
+    layers: int = Field(default=12, ge=1, description="of the denoiser")
+    width: int = Field(default=768, ge=1, description="of the residual stream, D")
+    heads: int = Field(default=12, ge=1, description="of attention; width / heads is even")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP / width")
+    mlp: Literal["gelu", "swiglu"] = Field(default="gelu", description="swiglu has as many parameters as gelu")
+    norm: Literal["layernorm", "rmsnorm"] = Field(default="layernorm", description="computed in fp32; no biases")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what a block adds, in training")
+    tie_embeddings: bool = Field(default=False, description="the head is the embedding of the tokens")
     time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
-    attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = "auto"
+    biases: bool = Field(default=False, description="of MLPs and head, which MDLM's weights have")
+    attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = Field(
+        default="auto", description="kernel; auto: flash-attn where it is installed, flex for blocks on GPU, else sdpa"
+    )
 
 
 class LatentConfig(Section):
     width: int = Field(default=0, ge=0, description="d_z; 0 is the plain masked diffusion model (MDM)")
     scope: Literal["row", "block"] = Field(default="row", description="one z a row, or one z a block of the row")
-    injection: Literal["adaln", "add"] = "adaln"
+    injection: Literal["adaln", "add"] = Field(
+        default="adaln", description="how the denoiser hears z: modulation of every block, or added to the embeddings"
+    )
     encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
-    encoder_width: int | None = Field(default=None, ge=1, description="null: model.width")
+    encoder_width: int | None = Field(default=None, ge=1, description="null: half of model.width, in whole heads")
     prior: Literal["standard", "conditional"] = Field(
         default="standard", description="standard: N(0, I); conditional: a network that reads the visible tokens"
     )
 
 
 class KLWeight(Section):
-    start: float = Field(default=1.0, ge=0)
-    end: float = Field(default=1.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    start: float = Field(default=1.0, ge=0, description="factor of the KL at the first step")
+    end: float = Field(default=1.0, ge=0, description="factor of the KL after warmup_steps; below 1 it is no bound")
+    warmup_steps: int = Field(default=0, ge=0, description="from start to end, linearly")
 
     def at(self, step: int) -> float:
         """Weight of the KL at a training step: linear from start to end."""
@@ -137,21 +177,35 @@ class DiffusionConfig(Section):
     free_bits: float = Field(default=0.0, ge=0, description="nats of KL a latent group has for free")
 
 
+class LoRAConfig(Section):
+    rank: int = Field(ge=1, description="of the two factors; required where lora is given at all")
+    alpha: float = Field(default=16.0, gt=0, description="the low-rank product is multiplied by alpha / rank")
+    layers: tuple[str, ...] = Field(
+        default=("*.attention.qkv", "*.attention.out", "*.mlp.up", "*.mlp.down"),
+        min_length=1,
+        description="patterns of names of linear layers",
+    )
+
+
 class TrainingConfig(Section):
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, description="optimizer steps of the run")
     global_batch: int = Field(ge=1, description="rows in an optimizer step, over all ranks and accumulation")
     micro_batch: int = Field(ge=1, description="rows in one forward on one rank")
-    learning_rate: float = Field(default=3e-4, gt=0)
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=2500, ge=0)
+    learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, after warmup_steps")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="after warmup_steps; a pure function of the step"
+    )
+    warmup_steps: int = Field(default=2500, ge=0, description="the learning rate rises linearly")
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where cosine and linear end")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999), description="of AdamW"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices, not of vectors")
     gradient_clip: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="0 is off")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPU, fp32 on CPU")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    checkpoint_every: int = Field(default=1000, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order of rows and all noise")
+    checkpoint_every: int = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: int = Field(default=3, ge=1, description="the newest; the best on validation is kept beside them")
     max_skipped_steps: int = Field(
         default=10, ge=1, description="so many steps in a row with a non-finite loss or gradient, and the run ends"
@@ -162,21 +216,36 @@ class TrainingConfig(Section):
     hang_timeout: float | None = Field(
         default=3600, gt=0, description="seconds without a finished step, evaluation or save until a rank ends itself"
     )
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
+    )
+    init_from: str | None = Field(
+        default=None, description="weights to start from: an exported folder, a run or checkpoint, MDLM's state dict"
+    )
+    trainable: tuple[str, ...] = Field(
+        default=(),
+        description="patterns of parameter names; 'latent' stands for all parts that z needs. Empty: all, or with lora "
+        "only its own",
+    )
+    lora: LoRAConfig | None = Field(default=None, description="low-rank adapters instead of full weights")
+    fp8: bool = Field(default=False, description="linear layers of the blocks in fp8, by torchao, on Hopper and newer")
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
 
 
 class EvaluationConfig(Section):
     every: int | None = Field(default=None, ge=1, description="evaluate on validation every N steps; null: never")
     protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: the data's own")
-    steps: StepCounts = (8, 32, "inf")
+    steps: StepCounts = Field(default=(8, 32, "inf"), description="the T of the bounds")
     rows: int = Field(default=2048, ge=2, description="validation rows at most")
+    samples: int = Field(default=0, ge=0, description="rows to draw and write down at every evaluation")
 
 
 class TelemetryConfig(Section):
-    log_every: int = Field(default=50, ge=1)
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "vmd_scale"
+    log_every: int = Field(default=50, ge=1, description="steps between records; only then is the device waited for")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        default="disabled", description="never needed: without it, or without a network, the run goes on"
+    )
+    wandb_project: str = Field(default="vmd_scale", description="name of the project there")
 
 
 class Config(Section):
@@ -230,11 +299,25 @@ class Config(Section):
                 f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
                 "scope 'block' needs a block size, scope 'row' none"
             )
+        if self.data.packing == "document":
+            if block is not None:
+                raise ValueError(
+                    f"diffusion.block_size ({block}) would cut through the documents of data.packing 'document'; "
+                    "use packing 'pad' or 'wrap'"
+                )
+            if diffusion.objective == "iw":
+                raise ValueError(
+                    "diffusion.objective 'iw' weighs whole rows: data.packing 'document' has several documents in one; "
+                    "use packing 'pad'"
+                )
         if latent.prior == "conditional" and (latent.width == 0 or block is not None):
             raise ValueError(
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
                 f"diffusion.block_size {block}"
             )
+        if training.init_from is None and (training.trainable or training.lora):
+            key = "trainable" if training.trainable else "lora"
+            raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
         if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
             raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
         for key in ("zero_optimization", "bf16", "fp16"):
@@ -255,12 +338,17 @@ class Config(Section):
 
     @property
     def encoder_width(self) -> int:
-        return self.latent.encoder_width or self.model.width
+        return self.latent.encoder_width or self.head_width * max(1, self.model.heads // 2)
 
     @property
     def groups(self) -> int:
         """Blocks of a row, G: each has its own time and, with a latent, its own z."""
         return self.data.row_length // (self.diffusion.block_size or self.data.row_length)
+
+    @property
+    def documents(self) -> int:
+        """Documents of a row at most, N, each with its own z; 1 where a row is not told apart into documents."""
+        return self.data.documents_per_row if self.data.packing == "document" else 1
 
     @property
     def zero_stage(self) -> int:
@@ -276,14 +364,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: missing file, bad JSON, unknown key (with the nearest valid one), wrong type, contradiction.
     """
-    values = _read_with_base(Path(path), seen=())
+    return parse_config(_read_with_base(Path(path), seen=()), origin=str(path), overrides=overrides)
+
+
+def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply ``a.b=value`` overrides to plain values, which are changed by it, and validate; errors name `origin`."""
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, origin=str(path))
-
-
-def parse_config(values: dict[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` is named in errors."""
     try:
         return Config.model_validate_json(json.dumps(values))
     except ValidationError as error:

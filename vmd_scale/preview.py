@@ -6,8 +6,7 @@ import torch
 from vmd_scale.build import masks_of
 from vmd_scale.config import Config
 from vmd_scale.data.loader import evaluation_batches
-from vmd_scale.data.order import SampleOrder
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.mixture import training_rows
 from vmd_scale.diffusion.corruption import corrupt
 from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.tokenization import Tokenizer
@@ -17,14 +16,13 @@ RATIOS = (0.25, 0.5, 1.0)
 
 def preview(config: Config, tokenizer: Tokenizer, rows: int = 3) -> str:
     """The first rows of the run's sample order as text, then masked at several ratios by the run's path law."""
-    reader = ShardReader(config.data.shards, "train")
-    order = SampleOrder(reader.rows, config.training.seed)
+    reader, order = training_rows(config.data, config.training.seed)
     numbers = order.row_numbers(np.arange(min(rows, reader.rows), dtype=np.int64))
     noise, length, groups = Noise(config.training.seed), config.data.row_length, config.groups
     lines = [f"{reader.rows:,} rows of {length} tokens, vocabulary {tokenizer.vocab_size:,} and the mask symbol"]
     for batch in evaluation_batches(reader, numbers, micro_batch=1):
         maskable, attend = masks_of(batch, reader.manifest)
-        real = torch.ones_like(maskable) if attend is None else attend
+        real = torch.ones_like(maskable) if attend is None else attend != 0
         lines.append(f"\nrow {batch.rows[0]}: {int(real.sum())} tokens, {int(maskable.sum())} of them counted")
         lines.append(f"  clean  | {_text(tokenizer, batch.tokens[real])}")
         u_path = noise.uniform(Stream.PATH, 0, batch.rows, (groups, length // groups))

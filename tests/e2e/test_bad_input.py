@@ -88,7 +88,7 @@ def pretrain(desk, *settings):
         (["training.steps=0"], "training.steps: input should be greater than or equal to 1, found 0"),
         (["model.tie_embeddings=1"], "model.tie_embeddings: input should be a valid boolean, found 1"),
         (["training.betas=[0.9]"], "missing key 'training.betas.1'"),
-        (["data.packing=loose"], "data.packing: input should be 'wrap' or 'pad', found 'loose'"),
+        (["data.packing=loose"], "data.packing: input should be 'wrap', 'pad' or 'document', found 'loose'"),
         (["training.steps"], "--set training.steps: expected KEY=VALUE"),
         (["training.steps.more=1"], "--set training.steps.more=1: steps is a value, not a section"),
         (["training.micro_batch=3"], "training.global_batch (8) must be a multiple of training.micro_batch (3)"),
@@ -112,6 +112,14 @@ def pretrain(desk, *settings):
         (
             ["diffusion.block_size=5", "latent.scope=block"],
             "diffusion.block_size (5) must divide data.row_length (32)",
+        ),
+        (
+            ["data.packing=document", "diffusion.block_size=8", "latent.scope=block"],
+            "diffusion.block_size (8) would cut through the documents of data.packing 'document'",
+        ),
+        (
+            ["data.packing=document", "diffusion.objective=iw", "diffusion.steps=1"],
+            "'iw' weighs whole rows: data.packing 'document'",
         ),
         (["latent.scope=block"], "latent.scope 'block' contradicts diffusion.block_size None"),
         (["deepspeed.train_batch_size=16"], "deepspeed.train_batch_size (16) contradicts training.global_batch"),

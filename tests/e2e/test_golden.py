@@ -51,11 +51,11 @@ COMMON = {
 }
 RUNS = {
     "vmd": {
-        "latent": {"width": 8, "encoder_layers": 1},
+        "latent": {"width": 8, "encoder_layers": 1, "encoder_width": 32},
         "diffusion": {"objective": "vmd", "paths": "bernoulli", "kl_weight": {"start": 0.0, "warmup_steps": STEPS}},
     },
     "iw": {
-        "latent": {"width": 8, "encoder_layers": 1, "prior": "conditional"},
+        "latent": {"width": 8, "encoder_layers": 1, "encoder_width": 32, "prior": "conditional"},
         "diffusion": {"objective": "iw", "steps": [1, 2], "importance_samples": 2},
     },
     "mdm": {"latent": {"width": 0}, "diffusion": {"objective": "nelbo", "steps": ["inf"]}},

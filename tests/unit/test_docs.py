@@ -39,3 +39,7 @@ def test_tests_that_are_named_exist(page):
 def test_the_configuration_reference_is_that_of_the_code():
     """Else: python -m vmd_scale.config_reference > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown()
+
+
+def test_every_key_of_the_configuration_says_what_it_means():
+    assert not [line for line in markdown().splitlines() if line.endswith("|  |")]

@@ -61,6 +61,31 @@ def test_neighbours_are_torn_apart() -> None:
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
 
 
+def test_uniform_over_a_million_million_rows() -> None:
+    """The first rows of the order fall evenly over the corpus, none twice, in this epoch and far later ones."""
+    rows, count, bins = 10**12, 200_000, 1000
+    for epoch in (0, 10**6):
+        numbers = SampleOrder(rows, 11).row_numbers(epoch * rows + np.arange(count))
+        assert len(np.unique(numbers)) == count
+        counts = np.bincount(numbers // (rows // bins), minlength=bins)
+        chi2 = ((counts - count / bins) ** 2 / (count / bins)).sum()
+        assert abs(chi2 - bins) < 5 * np.sqrt(2 * bins)
+        low_digits = np.bincount(numbers % 97, minlength=97)
+        assert ((low_digits - count / 97) ** 2 / (count / 97)).sum() < 97 + 5 * np.sqrt(2 * 97)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 10**9))
+def test_ranks_together_read_what_one_would(world_size: int, step: int) -> None:
+    rows, batch = 10**12, 64
+    whole = SampleOrder(rows, 2).row_numbers(step * batch + np.arange(batch))
+    shares = [
+        SampleOrder(rows, 2).row_numbers(step * batch + np.arange(rank, batch, world_size))
+        for rank in range(world_size)
+    ]
+    assert np.array_equal(np.stack(shares, axis=1).ravel(), whole)
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="rows"):
         SampleOrder(0, 0)

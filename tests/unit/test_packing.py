@@ -105,7 +105,7 @@ def test_padding_without_a_pad_token_is_zero() -> None:
     assert rows.tolist() == [[5, 0, 0]]
 
 
-@pytest.mark.parametrize("method", ["wrap", "pad"])
+@pytest.mark.parametrize("method", ["wrap", "pad", "document"])
 def test_pieces_make_one_document(method: str) -> None:
     whole = [EncodedDocument(np.arange(9)), EncodedDocument(np.arange(4))]
     pieces = [
@@ -139,3 +139,47 @@ def test_row_specials_need_the_tokens() -> None:
 
 def test_no_documents() -> None:
     assert len(packed([], data(4))[0]) == 0
+
+
+@settings(deadline=None)
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64), st.integers(1, 4), st.integers(1, 3))
+def test_document_packing_keeps_every_document_whole(
+    documents: list[list[int]], length: int, specials: bool, batch_tokens: int, most: int, open_rows: int
+) -> None:
+    config = data(length, packing="document", documents_per_row=most)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "OPEN_ROWS", open_rows)
+        whole = packed(encoded(documents), config, specials)
+        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
+        rows, roles, counts = packed(encoded(documents), config, specials)
+    assert np.array_equal(rows, whole[0])  # whatever the batches
+    closed = [[*document, 11] if specials else document for document in documents]
+    parts = [document[at : at + length] for document in closed for at in range(0, len(document), length)]
+    assert counts.split_documents == sum(len(document) > length for document in closed)
+    found = []
+    for n in range(len(rows)):
+        assert roles is not None
+        starts = np.flatnonzero(roles[n] == Role.FIRST).tolist()
+        filled = int((roles[n] != Role.PADDING).sum())
+        assert starts[0] == 0
+        assert len(starts) <= most
+        assert np.all(roles[n, filled:] == Role.PADDING)
+        assert not np.any(roles[n] == Role.GIVEN)
+        found += [rows[n, a:b].tolist() for a, b in zip(starts, [*starts[1:], filled], strict=True)]
+    assert sorted(found) == sorted(parts)
+
+
+def test_document_packing_fills_rows() -> None:
+    generator = np.random.default_rng(0)
+    documents = [list(range(1, n)) for n in generator.integers(2, 60, size=3000)]
+    documents = [[token % 10 for token in document] for document in documents]
+    config = data(128, packing="document", documents_per_row=32)
+    rows, roles, _ = packed(encoded(documents), config)
+    assert roles is not None
+    assert (roles == Role.PADDING).mean() < 0.02
+    assert len(rows) < 1.03 * sum(len(document) + 1 for document in documents) / 128
+
+
+def test_document_packing_takes_no_row_specials() -> None:
+    with pytest.raises(UserError, match=r"data\.row_specials .*not with 'document'"):
+        packed(encoded([[1]]), data(4, packing="document", row_specials=True))

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data import encode
 from vmd_scale.data.prepare import prepare
+from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.errors import UserError
 
@@ -59,7 +61,7 @@ def launch(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-@pytest.mark.parametrize("packing", ["wrap", "pad"])
+@pytest.mark.parametrize("packing", ["wrap", "pad", "document"])
 def test_output_does_not_depend_on_workers(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
     write_text(tmp_path, 1000)
@@ -76,13 +78,16 @@ def test_a_killed_preparation_is_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     arguments = ["--config", str(tmp_path / "config.json"), "--set", "data.workers=2"]
     process = launch(tmp_path, *arguments)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(folder.glob("train-0000[1-9].tokens")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    workers = workers_of(process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
     assert not (folder / "manifest.json").exists()
     with pytest.raises(UserError, match=r"launchers/prepare_data\.py"):
         ShardReader(folder, "train")
@@ -94,6 +99,32 @@ def test_a_killed_preparation_is_resumed(tmp_path: Path) -> None:
     undisturbed = data(tmp_path, shards=str(tmp_path / "undisturbed"))
     prepare(undisturbed, progress=False)
     assert files(folder) == files(undisturbed.shards)
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if any("spawn_main" in part for part in child.cmdline())]
+
+
+def test_a_killed_worker_ends_the_preparation_with_an_error(tmp_path: Path) -> None:
+    """Not with a wait for ever; what comes after is as if nothing had happened."""
+    write_text(tmp_path, 60_000)
+    process = launch(tmp_path, "--config", "config.json", "--set", "data.workers=2")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "shards" / "train-00001.tokens").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    workers_of(process)[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a worker process of the preparation (data.workers=2) was killed" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    prepare(data(tmp_path), progress=False)
+    undisturbed = data(tmp_path, shards=str(tmp_path / "undisturbed"))
+    prepare(undisturbed, progress=False)
+    assert files(tmp_path / "shards") == files(undisturbed.shards)
 
 
 def test_finished_splits_of_a_killed_preparation_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +213,32 @@ def test_bad_text_is_one_clear_error(workers: int, tmp_path: Path) -> None:
         prepare(data(tmp_path, normalizer="none", workers=workers), progress=False)
 
 
+@pytest.mark.parametrize("packing", ["wrap", "pad", "document"])
+def test_a_document_longer_than_a_shard_is_no_trouble(packing: str, tmp_path: Path) -> None:
+    """It goes on in the next file; what does not fit a padded row is counted."""
+    (tmp_path / "text.txt").write_text("a\n" + "b" * 1000 + "\nc\n")
+    source = {"train": str(tmp_path / "text.txt")}
+    config = data(tmp_path, source=source, packing=packing, shard_tokens=64)
+    record = prepare(config, progress=False).splits["train"]
+    reader = ShardReader(config.shards, "train")
+    tokens, roles = reader.read(np.arange(reader.rows))
+    written = tokens if roles is None else tokens[is_counted(roles)]
+    # Normalised, a line begins with a space.
+    assert record.characters == 2 + 1001 + 2
+    kept = {"wrap": record.characters - record.dropped_tokens, "pad": 2 + 16 + 2, "document": record.characters}
+    assert written.size == record.counted_tokens == kept[packing]
+    assert len(record.shards) == (1 if packing == "pad" else 16)
+    assert (record.truncated_documents, record.split_documents) == (packing == "pad", packing == "document")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_text_that_is_not_utf8_is_one_clear_error(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"fine\n" * 1000 + b"caf\xe9\n" + b"fine\n")
+    with pytest.raises(UserError, match=r"text\.txt: not UTF-8 at byte 5003 \(0xe9\); convert the file to UTF-8"):
+        prepare(data(tmp_path, workers=workers), progress=False)
+    assert not (tmp_path / "shards").exists()
+
+
 def test_unknown_split(tmp_path: Path) -> None:
     write_text(tmp_path, 30)
     with pytest.raises(UserError, match="no 'dev' here; it has: train, validation, test"):
@@ -217,6 +274,9 @@ def test_launcher(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     assert "unigram entropy" in output
     assert list(json.loads((tmp_path / "out.json").read_text())["splits"]) == ["train", "validation"]
+    output, errors = launch(tmp_path, "inspect", "shards", "--plot", "lengths.png").communicate(timeout=60)
+    assert "train: documents by their length in tokens" in output, errors
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     for action, expected in [("verify", "is as it was written"), ("inspect", "train[0]: ' document zero")]:
         output, errors = launch(tmp_path, action, "shards").communicate(timeout=60)
         assert expected in output, errors

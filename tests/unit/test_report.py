@@ -1,6 +1,7 @@
 """The report page: whole, self-contained, escaped, and made from whatever a run folder holds so far."""
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -136,3 +137,59 @@ def test_a_damaged_evaluation_is_named(run):
     (run / "evaluation.json").write_text(json.dumps([result(0)]))
     with pytest.raises(UserError, match=r"evaluation\.json.*steps 0"):
         write_report(run)
+
+
+def add_events(run):
+    events = [
+        {"event": "resumed", "step": 10, "time": 1.79e9, "world_size": 2},
+        {"event": "skipped", "step": 12, "time": 1.79e9, "rows": list(range(30))},
+        {"event": "rolled back", "step": 10, "time": 1.79e9, "rolled_back_from": 20},
+        {"event": "<b>", "step": 20, "time": "soon"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_events_status_and_stalls_are_told(run):
+    add_events(run)
+    slow = [{**metrics(step), "tokens_per_second": 0.5 if step == 40 else 2.0} for step in range(10, 100, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in slow))
+    (run / "status.json").write_text(json.dumps({"state": "failed", "step": 90, "reason": "no <finite> gradient"}))
+    page = Page(write_report(run))
+    for shown in ("resumed: 1, skipped: 1, rolled back: 1", "rolled back from 20", "and 22 more", "2026-09-21", "<b>"):
+        assert shown in page.text, shown
+    assert "failed: no <finite> gradient" in page.text
+    assert "less than half of that at 1 of 9 logged steps: 40." in page.text
+    assert "b" not in page.tags
+
+
+def test_samples_of_training_stand_in_for_drawn_ones(run):
+    drawn = [
+        {"step": s, "steps": 4, "latent": "fixed", "law": "balanced", "seed": 0, "texts": [f"at {s}"]} for s in (5, 9)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in drawn))
+    page = Page(write_report(run))
+    assert "at 9" in page.text
+    assert "at 5" not in page.text
+
+
+def test_several_runs_stand_side_by_side(run, tmp_path):
+    """Their differing settings, one picture for all of them, and each by itself; the baseline is called one."""
+    finish(run)
+    add_events(run)
+    other = tmp_path / "elsewhere" / "run"
+    shutil.copytree(run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["latent"]["width"], config["training"]["seed"] = 0, 77
+    config["diffusion"]["steps"] = ["inf"]
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "metrics.jsonl").unlink()  # it has not logged anything yet
+    page = Page(write_report([run, other], tmp_path / "page.html", tmp_path / "png", refresh=30))
+    assert "Bound against sampling steps, all runs" in page.pictures
+    assert page.pictures.count("Bound against sampling steps") == 2
+    for shown in ("latent.width", "training.seed", "77", "elsewhere/run (MDM)", f"{tmp_path.name}/run alone"):
+        assert shown in page.text, shown
+    assert "model.layers" not in page.text.split("Together")[0]  # the same in both
+    assert page.outside == []
+    assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "page.html").read_text()
+    assert (tmp_path / "png" / "all_bounds.png").exists()
+    assert not (other / "report.html").exists()

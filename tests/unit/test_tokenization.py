@@ -1,5 +1,7 @@
+import importlib.util
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,29 @@ def test_text8_ids_and_mask() -> None:
     assert tokenizer.vocab_size == 27
     assert tokenizer.decode([1, 27, 0]) == "a_ "
     assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (None, None, None)
+
+
+def test_text8_of_mdlm_has_35_ids() -> None:
+    tokenizer = load_tokenizer("text8_mdlm")
+    assert tokenizer.vocab_size == 35
+    assert tokenizer.encode("az ").tolist() == [8, 33, 34]
+    assert (tokenizer.begin_id, tokenizer.end_id, tokenizer.pad_id) == (2, 3, 5)
+    assert tokenizer.decode([2, 8, 35, 34, 3]) == "[BOS]a_ [EOS]"
+    assert tokenizer.fingerprint != load_tokenizer("text8").fingerprint
+    with pytest.raises(UserError, match="'\\['"):
+        tokenizer.encode("[BOS]")
+    plain = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+    assert plain.encode("a z").ids == [8, 34, 33]
+
+
+def test_fingerprints_outlive_versions() -> None:
+    """They lie in everybody's shards and checkpoints."""
+    known = {
+        "text8": "5ef262438dfd6bc5",
+        "sudoku": "98bd45db570ce80b",
+        "symbols:10": "afb69b545fc82a6a",
+    }
+    assert {name: load_tokenizer(name).fingerprint[:16] for name in known} == known
 
 
 def test_sudoku_ids() -> None:
@@ -148,7 +173,31 @@ def test_sentencepiece(sentencepiece_file: Path) -> None:
     assert tokenizer.decode([*ids[:1], tokenizer.vocab_size, *ids[1:]]).count("[MASK]") == 1
 
 
-@pytest.mark.parametrize("name", ["text8", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])
+def test_the_same_text_gives_the_same_sentencepiece_model(tmp_path: Path) -> None:
+    """Wherever it lies; also where sentences are drawn at random."""
+    spec = importlib.util.spec_from_file_location("train_sentencepiece", ROOT / "tokenizer" / "train_sentencepiece.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = [f"{a}{b}" for a in ("la", "ro", "mi", "tun") for b in ("ka", "pe", "", "sol")]
+    choice = random.Random(0).choice
+    text = "".join(f"{' '.join(choice(words) for _ in range(8))}\n" for _ in range(500))
+    models = []
+    for name, seed in (("one", 0), ("another", 0), ("other_seed", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.txt").write_text(text)
+        module.train([folder / f"{name}.txt"], 275, folder / "new.model", 4, 120, seed)
+        models.append((folder / "new.model").read_bytes())
+    assert models[0] == models[1]
+    assert models[0] != models[2]
+    with pytest.raises(UserError, match="--vocab-size 100: SentencePiece refused"):
+        module.train([tmp_path / "one" / "one.txt"], 100, tmp_path / "small.model", 1, 120)
+    assert not (tmp_path / "small.model").exists()
+
+
+@pytest.mark.parametrize("name", ["text8", "text8_mdlm", "sudoku", "symbols:300", "gpt2", "bert", "sentencepiece"])
 def test_export_and_pickle_keep_the_ids(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, sentencepiece_file: Path
 ) -> None:
@@ -160,7 +209,9 @@ def test_export_and_pickle_keep_the_ids(
         tokenizer = load_tokenizer(str(sentencepiece_file) if name == "sentencepiece" else name)
     for file, content in tokenizer.files().items():
         (tmp_path / file).write_bytes(content)
-    text = {"text8": "some words", "sudoku": "987", "symbols:300": "0 299"}.get(name, ENGLISH)
+    text = {"text8": "some words", "text8_mdlm": "some words", "sudoku": "987", "symbols:300": "0 299"}.get(
+        name, ENGLISH
+    )
     for copy in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.fingerprint == tokenizer.fingerprint
         assert copy.vocab_size == tokenizer.vocab_size

@@ -1,9 +1,14 @@
 """Documents to token ids, in as many processes as wanted; the order of the documents is kept."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -13,7 +18,7 @@ from vmd_scale.data.corpora import Document, normalizer_name, raw_documents
 from vmd_scale.data.manifest import token_dtype
 from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.data.packing import EncodedDocument
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.tokenization import Tokenizer
 
 CHUNK_DOCUMENTS = 512
@@ -23,12 +28,21 @@ CHUNKS_AHEAD = 4  # for each worker: what may be read but not yet written
 
 @dataclass
 class TextCounts:
-    """What went in, empty documents apart; characters and bytes of the normalised text."""
+    """What went in, empty documents apart; characters and bytes of the normalised text.
+
+    `lengths` counts the documents of 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ...
+    """
 
     documents: int = 0
     skipped_documents: int = 0
     characters: int = 0
     utf8_bytes: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def add_length(self, tokens: int) -> None:
+        at = max(0, tokens.bit_length() - 1)
+        self.lengths.extend([0] * (at + 1 - len(self.lengths)))
+        self.lengths[at] += 1
 
     def add(self, other: "TextCounts") -> None:
         self.documents += other.documents
@@ -44,6 +58,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.normalizer = normalizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._widths: dict[tuple[str, ...], int] = {}  # tokens of the longest of some choices
 
     def encode(self, chunk: list[Document]) -> tuple[list[EncodedDocument], TextCounts]:
         """Ids of the documents that are not empty, in order."""
@@ -56,6 +71,11 @@ class Encoder:
                 tokens = document.tokens.astype(self._dtype)
                 encoded.append(EncodedDocument(tokens, ready=True, given=document.given))
                 continue
+            if document.prompt is not None:
+                encoded.append(self._with_prompt(document, normalize))
+                counts.characters += len(document.prompt) + len(document.text)
+                counts.utf8_bytes += len((document.prompt + document.text).encode())
+                continue
             text = normalize(document.text)
             tokens = self._encode_text(text)
             if document.last and (not len(tokens) or not text.strip()):
@@ -66,6 +86,14 @@ class Encoder:
             counts.utf8_bytes += len(text) if text.isascii() else len(text.encode())
             encoded.append(EncodedDocument(tokens, last=document.last))
         return encoded, counts
+
+    def _with_prompt(self, document: Document, normalize: Callable[[str], str]) -> EncodedDocument:
+        prompt, response = (self._encode_text(normalize(text)) for text in (document.prompt or "", document.text))
+        if document.choices and document.choices not in self._widths:
+            self._widths[document.choices] = max(len(self._encode_text(normalize(c))) for c in document.choices)
+        given = np.arange(len(prompt) + len(response)) < len(prompt)
+        width = self._widths[document.choices] if document.choices else None
+        return EncodedDocument(np.concatenate([prompt, response]), given=given, response_width=width)
 
     def _encode_text(self, text: str) -> np.ndarray:
         try:
@@ -80,13 +108,22 @@ def encoded_documents(
     """The encoded documents of a split, in the corpus' order; `counts` is brought up to date on the way.
 
     data.workers processes share the work. They only ever hold what they work on, so that memory stays bounded.
+
+    Raises:
+        RunFailed: a worker process was killed.
     """
     encoder = Encoder(tokenizer, normalizer_name(config))
     chunks = _chunks(raw_documents(config, split))
     results = map(encoder.encode, chunks) if config.workers == 1 else _in_processes(encoder, chunks, config.workers)
+    length = 0
     for encoded, more in results:
         counts.add(more)
-        yield from encoded
+        for document in encoded:
+            length += len(document.tokens)
+            if document.last:
+                counts.add_length(length)
+                length = 0
+            yield document
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -108,6 +145,16 @@ _encoder: Encoder | None = None  # of a worker process
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: list[Document]) -> tuple[list[EncodedDocument], TextCounts]:
@@ -118,13 +165,23 @@ def _encode_in_worker(chunk: list[Document]) -> tuple[list[EncodedDocument], Tex
 def _in_processes(
     encoder: Encoder, chunks: Iterator[list[Document]], workers: int
 ) -> Iterator[tuple[list[EncodedDocument], TextCounts]]:
-    # Not Pool.imap: it reads its whole input ahead, which is the corpus. Not fork: the parent may have threads, and
-    # a forked child would hold the folder's lock after a killed parent.
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (encoder,)) as pool:
-        pending = deque(pool.apply_async(_encode_in_worker, (c,)) for c in islice(chunks, workers * CHUNKS_AHEAD))
+    # Not multiprocessing.Pool: it waits for ever for what a killed worker had in hand. Not executor.map: it reads its
+    # whole input ahead, which is the corpus. Not fork: the parent may have threads, and a forked child would hold the
+    # folder's lock after a killed parent.
+    spawn = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(encoder,))
+    try:
+        pending = deque(executor.submit(_encode_in_worker, c) for c in islice(chunks, workers * CHUNKS_AHEAD))
         while pending:
-            yield pending.popleft().get()
-            pending.extend(pool.apply_async(_encode_in_worker, (c,)) for c in islice(chunks, 1))
+            yield pending.popleft().result()
+            pending.extend(executor.submit(_encode_in_worker, c) for c in islice(chunks, 1))
+    except BrokenProcessPool:
+        raise RunFailed(
+            f"a worker process of the preparation (data.workers={workers}) was killed, perhaps for want of memory; "
+            "call again to go on, with fewer workers if it was memory"
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def unigram_entropy(frequencies: np.ndarray) -> float:

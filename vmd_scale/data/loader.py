@@ -16,7 +16,6 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from vmd_scale.data.order import SampleOrder
 from vmd_scale.errors import UserError
 
 T = TypeVar("T")
@@ -47,6 +46,13 @@ class RowReader(Protocol):
         """Ids int64 [n, L] and roles uint8 [n, L] of row numbers int64 [n]."""
 
 
+class RowOrder(Protocol):
+    """What `SampleOrder` is to the loader."""
+
+    def row_numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Row numbers int64 [n] of positions int64 [n] >= 0."""
+
+
 class TrainLoader(Generic[T]):
     """This rank's part of every step.
 
@@ -63,7 +69,7 @@ class TrainLoader(Generic[T]):
     def __init__(
         self,
         reader: RowReader,
-        order: SampleOrder,
+        order: RowOrder,
         global_batch: int,
         micro_batch: int,
         rank: int,

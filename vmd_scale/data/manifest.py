@@ -9,11 +9,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vmd_scale.config import DataConfig
+from vmd_scale.data.remote import is_remote, read_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_atomically
 from vmd_scale.tokenization import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no packing `document` and no lengths of documents
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
 
@@ -42,7 +43,11 @@ class SplitRecord(Record):
     documents: int = Field(ge=0, description="documents that went in")
     skipped_documents: int = Field(ge=0, description="empty ones, left out")
     truncated_documents: int = Field(ge=0, description="cut off at the row's end (pad)")
+    split_documents: int = Field(default=0, ge=0, description="longer than a row, cut into several (document)")
     dropped_tokens: int = Field(ge=0, description="the remainder that filled no row (wrap)")
+    document_lengths: tuple[int, ...] = Field(
+        default=(), description="how many documents have 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ..."
+    )
     characters: int = Field(ge=0, description="of the normalised text that went in")
     utf8_bytes: int = Field(ge=0, description="of the normalised text that went in")
     unigram_entropy: float = Field(ge=0, description="nats per counted token: what a model without context can reach")
@@ -56,10 +61,12 @@ class Manifest(Record):
     vocab_size: int = Field(ge=1, description="without the mask symbol, whose id it is")
     dtype: Literal["uint16", "uint32"]
     row_length: int = Field(ge=2)
-    packing: Literal["wrap", "pad"]
+    packing: Literal["wrap", "pad", "document"]
+    documents_per_row: int | None = Field(default=None, ge=1, description="at most; of packing document")
     row_specials: bool
     corpus: str
     source: str | dict[Literal["train", "validation", "test"], str] | None
+    text_column: str | None = None
     normalizer: str
     validation_documents: int | None
     licence: str | None
@@ -72,12 +79,25 @@ class Manifest(Record):
         return self
 
     @property
+    def summary(self) -> str:
+        """What must be the same in two folders for their figures to compare: all but the source."""
+        specials = ", row specials" if self.row_specials else ""
+        return (
+            f"{self.corpus}, normalizer {self.normalizer}, tokenizer {self.tokenizer_fingerprint[:12]} of "
+            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}"
+        )
+
+    @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype on disk, little-endian everywhere."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def write(self, path: Path) -> None:
         write_atomically(path, (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode())
+
+
+def documents_per_row(config: DataConfig) -> int | None:
+    return config.documents_per_row if config.packing == "document" else None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -90,7 +110,13 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         UserError: not prepared (names the command), preparation unfinished, newer format, or damaged.
+        RunFailed: a remote folder that cannot be reached.
     """
+    if is_remote(folder):
+        raw = read_remote(f"{str(folder).rstrip('/')}/{MANIFEST}")
+        if raw is None:
+            raise UserError(f"data.shards {str(folder)!r}: no {MANIFEST} there; copy a prepared folder of shards to it")
+        return parse_manifest(raw, f"{folder}/{MANIFEST}")
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         state = "preparation was not finished" if (folder / PARTIAL).is_file() else "no prepared shards"
@@ -98,15 +124,15 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"data.shards {str(folder)!r}: {state} (no {MANIFEST}); run: "
             f"python launchers/prepare_data.py --config CONFIG.json --set data.shards={folder}"
         )
-    return parse_manifest(folder / MANIFEST)
+    return parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
 
 
-def parse_manifest(path: Path) -> Manifest:
-    """Read one manifest file; errors as in `read_manifest`."""
+def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
+    """One manifest from its bytes; errors as in `read_manifest`, naming `path`."""
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(raw)
         version = values["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, not a manifest: {error!r}") from None
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
@@ -144,8 +170,10 @@ def check_compatible(manifest: Manifest, config: DataConfig, tokenizer: Tokenize
         "corpus": config.corpus,
         "row_length": config.row_length,
         "packing": config.packing,
+        "documents_per_row": documents_per_row(config),
         "row_specials": config.row_specials,
         "normalizer": normalizer_name(config),
+        "text_column": config.text_column,
         "validation_documents": config.validation_documents,
         "source": manifest.source if config.source is None else config.source,
     }

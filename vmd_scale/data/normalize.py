@@ -30,8 +30,8 @@ def to_text8_alphabet(text: str) -> str:
 def detokenize_lm1b(text: str) -> str:
     """Undo the tokenised punctuation and contractions of the One Billion Word benchmark.
 
-    Quotes open and close in turn. One without a partner closes when it ends the sentence or follows punctuation, and
-    opens otherwise; an apostrophe after an s is the possessive of a plural.
+    Quotes open and close in turn. One without a partner closes when it ends the sentence or follows punctuation other
+    than a colon, and opens otherwise; an apostrophe after an s is the possessive of a plural.
 
     >>> detokenize_lm1b('He said : " We won \\'t pay $ 5 ( or more ) . "')
     'He said: "We won\\'t pay $5 (or more)."'
@@ -73,12 +73,66 @@ def _lean_of_quote(tokens: list[str], i: int, is_open: bool) -> tuple[bool, bool
         return True, True  # Corp. ' s
     if token == "'" and before.endswith(("s", "S")):
         return True, False  # the workers ' rights
-    closes = i > 0 and (i == len(tokens) - 1 or (token not in tokens[i + 1 :] and before in _TO_THE_LEFT))
+    closes = i > 0 and (i == len(tokens) - 1 or (token not in tokens[i + 1 :] and before in _TO_THE_LEFT - {":"}))
     return closes, not closes
+
+
+def detokenize_ptb(text: str) -> str:
+    """Undo the tokens of the Penn Treebank file: contractions, \\\\/, N for a number, <unk> for a rare word.
+
+    >>> detokenize_ptb("the traders ' union does n't want $ N from <unk> 's fund")
+    "the traders' union doesn't want $1 from ?'s fund"
+    """
+    text = re.sub(r"(?<=s) '(?= )", "'", text)
+    text = re.sub(r" (?='s|n't)", "", text).replace("\\/", "/")
+    text = re.sub(r"(?<= )N(?= )", "1", text)
+    return re.sub(r"(?<=[$#]) (?=1)", "", text).replace("<unk>", "?")
+
+
+def detokenize_wikitext(text: str) -> str:
+    """Undo the tokens of WikiText: @-@, punctuation, brackets, quotes in pairs, headings, N for a number.
+
+    >>> detokenize_wikitext('a 1 @,@ 500 @-@ kg " boat " ( or ship ) , so to speak .')
+    'a 1,500-kg "boat" (or ship), so to speak.'
+    """
+    text = re.sub(r"(?<=s) '", "'", text)
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" (?=[:;.!?,](?:\s|$))", "", text)
+    text = re.sub(r"(?<=[(\[{])\s+|\s+(?=[)\]}])", "", text)
+    text = re.sub(r" '(s|t|m|d|re|ve|ll)\b", r"'\1", text)
+    text = re.sub(r"(?<!\w)'\s+([^']+?)\s+'", r"'\1'", _tighten_quotes(text))
+    text = re.sub(r"=(?: =)+", lambda found: found[0].replace(" ", ""), text)
+    text = text.replace(" ° ", "°")
+    text = re.sub(r" *\n *", "\n", text)
+    return re.sub(r"(?<= )N(?= )", "1", text)
+
+
+def _tighten_quotes(text: str) -> str:
+    """No space inside a pair of double quotes; a last one without a partner is left alone."""
+    parts = text.split('"')
+    return '"'.join(part.strip() if n % 2 and n < len(parts) - 1 else part for n, part in enumerate(parts))
+
+
+def normalize_lambada(text: str) -> str:
+    """Plain double quotes, and a newline in front.
+
+    >>> normalize_lambada(" “Go,” she said ")
+    '\\n"Go," she said'
+    """
+    return "\n" + text.replace("“", '"').replace("”", '"').strip()
+
+
+def detokenize_scientific(text: str) -> str:
+    """arXiv and PubMed articles: WikiText's rules, then LM1B's, line by line."""
+    return "\n".join(detokenize_lm1b(line) for line in detokenize_wikitext(text).split("\n"))
 
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "text8": to_text8_alphabet,
     "lm1b": detokenize_lm1b,
+    "ptb": detokenize_ptb,
+    "wikitext": detokenize_wikitext,
+    "lambada": normalize_lambada,
+    "scientific": detokenize_scientific,
 }

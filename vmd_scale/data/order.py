@@ -16,9 +16,10 @@ class SampleOrder:
     Args:
         rows: rows of the corpus, 1 .. 2^62.
         seed: training.seed; another seed is another order.
+        stream: likewise, for the corpora of a mixture.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int, seed: int, stream: int = 0) -> None:
         if not 1 <= rows <= 1 << 62:
             raise ValueError(f"rows must lie in 1..2^62, found {rows}")
         self.rows = rows
@@ -26,7 +27,7 @@ class SampleOrder:
         half = max(1, ((rows - 1).bit_length() + 1) // 2)
         self._half = np.uint64(half)
         self._mask = np.uint64((1 << half) - 1)
-        self._seed_key = _mix(np.array([seed % (1 << 64)], dtype=np.uint64))
+        self._seed_key = _mix(np.array([seed % (1 << 64)], dtype=np.uint64)) ^ np.uint64(stream)
 
     def row_numbers(self, positions: np.ndarray) -> np.ndarray:
         """Row numbers int64 [n] of positions int64 [n] >= 0 of the endless order; each is independent of the others."""

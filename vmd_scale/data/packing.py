@@ -1,12 +1,15 @@
 """Documents of any length become rows of exactly L tokens.
 
-wrap   documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
-pad    one document a row, cut off at L or padded to it
-ready  documents that come as tokens (puzzles) are rows already
+wrap      documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
+pad       one document a row, cut off at L or padded to it; of a prompt with its response, the prompt is given
+document  several whole documents a row, each closed likewise; one that is longer than L is cut into several
+ready     documents that come as tokens (puzzles) are rows already
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -17,16 +20,21 @@ from vmd_scale.tokenization import Tokenizer
 
 # Rows are handed on in batches of about so many tokens: big enough for numpy, small enough for any memory.
 BATCH_TOKENS = 1 << 20
+OPEN_ROWS = 64  # among which packing `document` looks for the one that a document fits best
 
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues."""
+    """Ids [n] of a document or, when not `last`, of a piece of it. `ready`: they are a row, `given` [n] its clues.
+
+    `given` without `ready` is a prompt: response and filling have `response_width` positions, or all that are left.
+    """
 
     tokens: np.ndarray
     last: bool = True
     ready: bool = False
     given: np.ndarray | None = None
+    response_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ class Rows:
 
 @dataclass
 class PackingCounts:
-    """What packing lost: documents cut off at the row's end, tokens of the remainder that filled no row."""
+    """What packing did to documents: cut off at the row's end, cut into several; tokens that filled no row."""
 
     truncated_documents: int = 0
+    split_documents: int = 0
     dropped_tokens: int = 0
 
 
@@ -49,6 +58,8 @@ def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
     """`UserError` when the rows of this configuration cannot be made with this tokenizer."""
     if not config.row_specials:
         return
+    if config.packing == "document":
+        raise UserError("data.row_specials is true, but goes with data.packing 'wrap' or 'pad', not with 'document'")
     missing = [name for name in ("begin", "end") if getattr(tokenizer, f"{name}_id") is None]
     if missing:
         raise UserError(
@@ -76,8 +87,12 @@ def pack(
     stream = _with_first(first, iterator)
     if first.ready:
         return _ready(stream, config)
+    if first.given is not None:
+        return _prompts(stream, config, tokenizer, counts)
     if config.packing == "wrap":
         return _wrap(stream, config, tokenizer, counts)
+    if config.packing == "document":
+        return _batches(_rows_of_documents(stream, config, tokenizer, counts), config, tokenizer)
     return _pad(stream, config, tokenizer, counts)
 
 
@@ -154,6 +169,98 @@ def _padded(texts: list[np.ndarray], lengths: list[int], config: DataConfig, tok
     tokens = np.full(filled.shape, tokenizer.pad_id or 0, dtype=texts[0].dtype)
     tokens[filled] = np.concatenate(texts)
     return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
+
+
+def _rows_of_documents(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[list[np.ndarray]]:
+    """The documents of each row: best fit among a bounded number of open rows."""
+    open_rows: list[tuple[int, int, list[np.ndarray]]] = []  # (room that is left, number of the row, documents)
+    opened = 0
+    for text in _pieces_that_fit(documents, config.row_length, tokenizer, counts):
+        place = bisect_left(open_rows, (len(text), -1))
+        if place < len(open_rows):
+            room, number, row = open_rows.pop(place)
+        else:
+            room, number, row, opened = config.row_length, opened, [], opened + 1
+        row.append(text)
+        room -= len(text)
+        if not room or len(row) == config.documents_per_row:
+            yield row
+            continue
+        insort(open_rows, (room, number, row))
+        if len(open_rows) > OPEN_ROWS:
+            yield open_rows.pop(0)[2]  # the fullest
+    yield from (row for _, _, row in sorted(open_rows, key=lambda open_row: open_row[1]))
+
+
+def _pieces_that_fit(
+    documents: Iterator[EncodedDocument], length: int, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[np.ndarray]:
+    """Ids [1 .. L] of a document with its end token, or of a part of one that is longer."""
+    pieces: list[np.ndarray] = []
+    parts = 0
+    for document in documents:
+        pieces.append(document.tokens)
+        if document.last and tokenizer.end_id is not None:
+            pieces.append(np.array([tokenizer.end_id], dtype=document.tokens.dtype))
+        text = np.concatenate(pieces)
+        while len(text) > length or (len(text) == length and not document.last):
+            yield text[:length]
+            text, parts = text[length:], parts + 1
+        pieces = [text]
+        if document.last:
+            if len(text):
+                yield text
+            counts.split_documents += parts + (len(text) > 0) > 1
+            pieces, parts = [], 0
+
+
+def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Rows]:
+    while batch := list(islice(rows, -(-BATCH_TOKENS // config.row_length))):
+        filled = _padded(
+            [np.concatenate(row) for row in batch], [sum(map(len, row)) for row in batch], config, tokenizer
+        )
+        assert filled.roles is not None
+        for roles, row in zip(filled.roles, batch, strict=True):
+            roles[np.cumsum([0, *map(len, row[:-1])])] = Role.FIRST
+        yield filled
+
+
+def fill_id(tokenizer: Tokenizer) -> int:
+    """What stands behind a response: its end again and again (arXiv 2502.09992, section 2.3), or padding."""
+    return next((i for i in (tokenizer.end_id, tokenizer.pad_id) if i is not None), 0)
+
+
+def _prompts(
+    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
+) -> Iterator[Rows]:
+    """Prompt (given), response and what fills it up (ordinary), padding. A prompt that is too long loses its start."""
+    length = config.row_length
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    for document in documents:
+        assert document.given is not None
+        prompt, response = document.tokens[document.given], document.tokens[~document.given]
+        ended = len(response) + (document.response_width is None and tokenizer.end_id is not None)
+        width = min(length, max(ended, document.response_width or 1))
+        counts.truncated_documents += len(prompt) + width > length or len(response) > width
+        prompt = prompt[max(0, len(prompt) + width - length) :]
+        end = len(prompt) + width if document.response_width else length
+        tokens = np.full(length, fill_id(tokenizer), dtype=document.tokens.dtype)
+        tokens[: len(prompt)] = prompt
+        tokens[len(prompt) : len(prompt) + min(len(response), width)] = response[:width]
+        roles = np.full(length, Role.PADDING, dtype=np.uint8)
+        roles[: len(prompt)], roles[len(prompt) : end] = Role.GIVEN, Role.ORDINARY
+        batch.append((tokens, roles))
+        if len(batch) * length >= BATCH_TOKENS:
+            yield _rows_of(batch)
+            batch = []
+    if batch:
+        yield _rows_of(batch)
+
+
+def _rows_of(batch: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
+    return Rows(np.stack([tokens for tokens, _ in batch]), np.stack([roles for _, roles in batch]))
 
 
 def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:

@@ -7,6 +7,7 @@ finished; the next one keeps those and starts the others again. The files do not
 import fcntl
 import logging
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,16 @@ from vmd_scale.data.manifest import (
     Manifest,
     SplitRecord,
     check_compatible,
+    documents_per_row,
     parse_manifest,
+    read_manifest,
     token_dtype,
 )
 from vmd_scale.data.packing import PackingCounts, check_packing, pack
-from vmd_scale.data.roles import Role
+from vmd_scale.data.remote import is_remote
+from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, SplitWriter
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -49,9 +53,12 @@ def prepare(
     Raises:
         UserError: anything wrong with the configuration or the source; a folder that holds shards made with other
             settings; another process that is writing there.
+        RunFailed: a worker process was killed. Finished splits are kept; call again to go on.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     check_packing(config, tokenizer)
+    if is_remote(config.shards):
+        return _prepared_remotely(config, tokenizer, splits, force)
     wanted = _wanted_splits(config, splits)
     folder = Path(config.shards)
     if not force and (folder / MANIFEST).is_file() and not (folder / PARTIAL).is_file():
@@ -72,13 +79,35 @@ def prepare(
             _remove(folder, split)
             try:
                 record = _prepare_split(config, split, tokenizer, folder, progress)
-            except UserError:
+            except (UserError, RunFailed):
                 _remove(folder, split)
                 raise
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
             manifest.write(folder / PARTIAL)
         manifest.write(folder / MANIFEST)
         (folder / PARTIAL).unlink(missing_ok=True)
+    return manifest
+
+
+def prepare_all(
+    data: DataConfig, splits: Sequence[str] | None = None, progress: bool = True, force: bool = False
+) -> dict[str, Manifest]:
+    """`prepare` the corpus and those of its mixture, of which only the training split is used. Manifests by folder."""
+    first, *more = data.corpora()
+    manifests = {first.shards: prepare(first, splits, progress, force)}
+    return manifests | {each.shards: prepare(each, ["train"], progress, force) for each in more}
+
+
+def _prepared_remotely(config: DataConfig, tokenizer: Tokenizer, splits: Sequence[str] | None, force: bool) -> Manifest:
+    manifest = read_manifest(config.shards)
+    check_compatible(manifest, config, tokenizer)
+    missing = [split for split in splits or () if split not in manifest.splits]
+    if missing or force:
+        what = f"no {missing[0]!r} split there" if missing else "--force"
+        raise UserError(
+            f"data.shards {config.shards!r}: {what}, and remote shards are only read; prepare them in a local folder "
+            "and copy it"
+        )
     return manifest
 
 
@@ -123,7 +152,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
     """The manifest to go on with: the finished or the partial one of the folder, or one without splits."""
     for name in (PARTIAL, MANIFEST):
         if (folder / name).is_file():
-            manifest = parse_manifest(folder / name)
+            manifest = parse_manifest((folder / name).read_bytes(), folder / name)
             check_compatible(manifest, config, tokenizer)
             for split in manifest.splits:
                 ShardReader(folder, split, manifest)  # all files there, with their sizes
@@ -137,9 +166,11 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
         dtype="uint16" if token_dtype(tokenizer.vocab_size) == np.uint16 else "uint32",
         row_length=config.row_length,
         packing=config.packing,
+        documents_per_row=documents_per_row(config),
         row_specials=config.row_specials,
         corpus=config.corpus,
         source=corpus.origin if source is None else source,
+        text_column=config.text_column,
         normalizer=normalizer_name(config),
         validation_documents=config.validation_documents,
         licence=corpus.licence,
@@ -163,15 +194,17 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
     frequencies = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     rows_per_shard = max(1, config.shard_tokens // config.row_length)
     writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), config.row_length, rows_per_shard)
-    rows = 0
+    rows, started = 0, time.perf_counter()
     with tqdm(desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for packed in pack(encoded_documents(config, split, tokenizer, text), config, tokenizer, packing):
             writer.append(packed.tokens, packed.roles)
-            counted = packed.tokens if packed.roles is None else packed.tokens[packed.roles == Role.ORDINARY]
+            counted = packed.tokens if packed.roles is None else packed.tokens[is_counted(packed.roles)]
             frequencies += np.bincount(counted.ravel(), minlength=tokenizer.vocab_size)
             rows += len(packed.tokens)
             bar.update(packed.tokens.size)
     shards = writer.close()
+    seconds, tokens = time.perf_counter() - started, rows * config.row_length
+    log.info("%s: %s tokens in %.1f s, %s tokens/s", split, f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
     if not rows:
         raise UserError(
             f"data.source: split {split!r} of corpus {config.corpus!r} fills no row of {config.row_length} tokens: "
@@ -183,7 +216,9 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
         documents=text.documents,
         skipped_documents=text.skipped_documents,
         truncated_documents=packing.truncated_documents,
+        split_documents=packing.split_documents,
         dropped_tokens=packing.dropped_tokens,
+        document_lengths=tuple(text.lengths),
         characters=text.characters,
         utf8_bytes=text.utf8_bytes,
         unigram_entropy=unigram_entropy(frequencies),

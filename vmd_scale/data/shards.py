@@ -6,8 +6,10 @@ manifest.json        everything else
 """
 
 import hashlib
+import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +17,19 @@ from typing import IO
 
 import numpy as np
 
+from vmd_scale.config import DataConfig
+from vmd_scale.data.cache import CacheFull, ShardCache
 from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
+from vmd_scale.data.remote import is_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 
+DEFAULT_CACHE_BYTES = 100 * 2**30
+READERS = 16  # of a node, that may hold remote files mapped without being in each other's way
+PATIENCE = 60.0  # seconds for those who do not hold, but read
 MAPPED_FILES = 512  # at once; the kernel limits the number of maps of a process
+
+log = logging.getLogger(__name__)
 
 
 class SplitWriter:
@@ -100,19 +110,27 @@ class ShardReader:
     """Random access to the rows of one split. Files are mapped when a row of theirs is first asked for.
 
     Args:
-        folder: data.shards.
+        folder: data.shards; a URL is read through `cache`, a path directly.
         split: train, validation or test.
         manifest: given by who has read (or received) it already; null reads it.
-        check_sizes: look at every file's size at once. Of many ranks one is enough: each checks what it maps anyway.
+        check_sizes: look at every local file's size at once. Of many ranks one is enough: each checks what it maps.
+        cache: for remote files; null is the default one.
 
     Raises:
         UserError: see `read_manifest`; a split that was not prepared; a missing or truncated file.
+        RunFailed: see `ShardCache.open`.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, manifest: Manifest | None = None, check_sizes: bool = True
+        self,
+        folder: str | Path,
+        split: str,
+        manifest: Manifest | None = None,
+        check_sizes: bool = True,
+        cache: ShardCache | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = folder if is_remote(folder) else Path(folder)
+        self._cache = (cache or ShardCache(None, DEFAULT_CACHE_BYTES)) if is_remote(folder) else None
         self.split = split
         self.manifest = manifest or read_manifest(folder)
         if split not in self.manifest.splits:
@@ -122,12 +140,23 @@ class ShardReader:
         self._record = self.manifest.splits[split]
         self._shards = self._record.shards
         self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._token_files = [shard.tokens for shard in self._shards]
+        self._role_files = [shard.roles for shard in self._shards]
+        self._starts = self._ends - [shard.rows for shard in self._shards]
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
+        self._most_mapped = MAPPED_FILES
+        if self._cache is not None:
+            largest = max(file.bytes for file in self.files())
+            self._most_mapped = min(MAPPED_FILES, self._cache.limit // (READERS * largest))
         self.rows = self._record.rows
         self.row_length = self.manifest.row_length
         self.has_roles = self._shards[0].roles is not None
-        if check_sizes:
+        if self._cache is not None:
+            corpus_bytes = sum(file.bytes for file in self.files())
+            if corpus_bytes > self._cache.limit:
+                log.warning("%s: %s takes %d bytes, more than data.cache_gib", folder, split, corpus_bytes)
+        elif check_sizes:
             for file in self.files():
                 self._check_size(file)
 
@@ -144,38 +173,58 @@ class ShardReader:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"rows must lie in 0..{self.rows - 1}, found {rows.min()}..{rows.max()}")
-        tokens = np.empty((len(rows), self.row_length), dtype=np.int64)
-        roles = np.empty((len(rows), self.row_length), dtype=np.uint8) if self.has_roles else None
         shard_of_row = np.searchsorted(self._ends, rows, side="right")
-        for number in np.unique(shard_of_row):
-            shard = self._shards[number]
-            here = np.flatnonzero(shard_of_row == number)
-            inside = rows[here] - (self._ends[number] - shard.rows)
-            tokens[here] = self._map(shard.tokens, self.manifest.numpy_dtype)[inside]
-            if tokens[here].max() >= self.manifest.vocab_size:
-                raise UserError(
-                    f"{self.folder / shard.tokens.name}: token id {tokens[here].max()} is outside the vocabulary of "
-                    f"{self.manifest.vocab_size}; the file is damaged, prepare the shards again with --force"
-                )
-            if roles is not None and shard.roles is not None:
-                roles[here] = self._map(shard.roles, np.dtype(np.uint8))[inside]
-        return tokens, roles
+        inside = rows - self._starts[shard_of_row]
+        tokens = self._gather(self._token_files, shard_of_row, inside, self.manifest.numpy_dtype)
+        if tokens.size and tokens.max() >= self.manifest.vocab_size:
+            worst = int(tokens.max(1).argmax())
+            raise UserError(
+                f"{self._name(self._shards[shard_of_row[worst]].tokens)}: token id {tokens[worst].max()} is outside "
+                f"the vocabulary of {self.manifest.vocab_size}; the file is damaged, prepare the shards again with "
+                "--force"
+            )
+        roles = None
+        if self.has_roles:
+            roles = self._gather(self._role_files, shard_of_row, inside, np.dtype(np.uint8))
+        return tokens.astype(np.int64), roles
+
+    def _gather(
+        self, files: Sequence[FileRecord | None], shard_of_row: np.ndarray, inside: np.ndarray, dtype: np.dtype
+    ) -> np.ndarray:
+        """Rows [n, L] of the files, one of each shard; shard after shard, so that each is opened once."""
+        found = np.empty((len(inside), self.row_length), dtype=dtype)
+        shards, rows = shard_of_row.tolist(), inside.tolist()
+        current, mapped = -1, found
+        for at in shard_of_row.argsort(kind="stable").tolist():
+            if shards[at] != current:
+                current = shards[at]
+                file = files[current]
+                assert file is not None
+                mapped = self._map(file, dtype)
+            found[at] = mapped[rows[at]]
+        return found
 
     def verify(self, files: Sequence[FileRecord] | None = None) -> None:
         """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
         for file in self.files() if files is None else files:
+            if self._cache is not None:
+                self._cache.open(self._name(file), file).close()  # compares on fetching
+                continue
             self._check_size(file)
-            found = sha256_of(self.folder / file.name)
+            found = sha256_of(Path(self._name(file)))
             if found != file.sha256:
                 raise UserError(
-                    f"{self.folder / file.name}: altered since it was written: sha256 {found}, expected {file.sha256}"
+                    f"{self._name(file)}: altered since it was written: sha256 {found}, expected {file.sha256}"
                 )
 
     def files(self) -> list[FileRecord]:
         return [file for shard in self._shards for file in (shard.tokens, shard.roles) if file is not None]
 
+    def _name(self, file: FileRecord) -> str:
+        return f"{str(self.folder).rstrip('/')}/{file.name}"
+
     def _check_size(self, file: FileRecord) -> None:
-        path = self.folder / file.name
+        path = Path(self._name(file))
         try:
             found = path.stat().st_size
         except FileNotFoundError:
@@ -185,15 +234,37 @@ class ShardReader:
 
     def _map(self, file: FileRecord, dtype: np.dtype) -> np.ndarray:
         with self._lock:  # a reader may serve the training loop and its prefetching thread
-            if file.name not in self._maps:
-                self._check_size(file)
-                self._maps[file.name] = np.memmap(self.folder / file.name, dtype=dtype, mode="r").reshape(
-                    -1, self.row_length
-                )
-                if len(self._maps) > MAPPED_FILES:
+            if file.name in self._maps:
+                self._maps.move_to_end(file.name)
+                return self._maps[file.name]
+            with self._open(file) as opened:  # a map keeps the file's lock when the file is closed
+                # As a plain array: indexing a np.memmap makes another one each time, which is slow.
+                mapped = np.asarray(np.memmap(opened, dtype=dtype, mode="r")).reshape(-1, self.row_length)
+            self._maps[file.name] = mapped
+            if len(self._maps) > self._most_mapped:
+                self._maps.popitem(last=False)
+            return mapped
+
+    def _open(self, file: FileRecord) -> IO[bytes]:
+        if self._cache is None:
+            self._check_size(file)
+            return open(self._name(file), "rb")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._cache.open(self._name(file), file)
+            except CacheFull:
+                if self._maps:
                     self._maps.popitem(last=False)
-            self._maps.move_to_end(file.name)
-            return self._maps[file.name]
+                elif time.monotonic() > deadline:
+                    raise
+                else:  # others have it open only as long as they read
+                    time.sleep(0.05)
+
+
+def shard_cache(data: DataConfig) -> ShardCache:
+    """Where the configuration wants copies of remote shards."""
+    return ShardCache(data.cache, int(data.cache_gib * 2**30))
 
 
 def verify_folder(folder: str | Path) -> Manifest:

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vmd_scale.data.manifest import FileRecord, read_manifest
+from vmd_scale.data.manifest import FileRecord, Manifest, read_manifest
+from vmd_scale.data.remote import is_remote
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
@@ -22,6 +23,8 @@ def verify_share(folder: str | Path, splits: Sequence[str], rank: int, world_siz
     """What is wrong with this rank's share of the files, or None; and what to remember of those that are good."""
     try:
         manifest = read_manifest(folder)
+        if is_remote(folder):  # compared when they are fetched
+            return _missing_split(folder, splits, manifest), {}
         readers = [ShardReader(folder, split, manifest, check_sizes=False) for split in splits]
         known, good = _read_stamps(Path(folder)), Stamps()
         for reader in readers:
@@ -33,6 +36,11 @@ def verify_share(folder: str | Path, splits: Sequence[str], rank: int, world_siz
     except UserError as error:
         return str(error), {}
     return None, good
+
+
+def _missing_split(folder: str | Path, splits: Sequence[str], manifest: Manifest) -> str | None:
+    missing = [split for split in splits if split not in manifest.splits]
+    return f"data.shards {str(folder)!r}: no {missing[0]!r} split there" if missing else None
 
 
 def remember(folder: str | Path, shares: Iterable[Mapping[str, list[str | int]]]) -> None:

@@ -23,6 +23,7 @@ from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.sampler import Sampler, substep
 from vmd_scale.diffusion.walks import DrawnPath, Path, ReplayedPath
 from vmd_scale.model import VMD, Posterior
+from vmd_scale.model.documents import any_of, has_documents
 from vmd_scale.model.head import masked_nll
 
 
@@ -32,7 +33,7 @@ class Rows:
 
     clean: Tensor  # int64 [B, L]
     maskable: Tensor  # bool [B, L], the positions that are scored
-    attend: Tensor | None  # bool [B, L], false at padding
+    attend: Tensor | None  # bool [B, L], false at padding, or int32 [B, L], see model/documents.py
     numbers: Tensor  # int64 [B], on the host
 
     def to(self, device: torch.device) -> "Rows":
@@ -51,19 +52,19 @@ def elbo(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, total_rows: int
     Raises:
         ValueError: a law of confidence, or a sampler that is not plain.
     """
-    _check(sampler)
+    _check(sampler, rows)
     if sampler.by_confidence:
         raise ValueError(f"the one-step ELBO is for random paths, not {sampler.law!r}; use importance_weighted, K = 1")
     fresh = sampler.latent == "fresh"
     one = _score_one_step(model, rows, sampler.steps, sampler.law, noise, total_rows, draw, encode_all=not fresh)
     kl_weight = one.reveals if fresh else one.any_maskable
-    return (one.weight * one.nll + kl_weight * one.kl).sum(-1).cpu()
+    return ((one.weight * one.nll).sum(-1) + (kl_weight * one.kl).sum(-1)).cpu()
 
 
 def vmd_surrogate(model: VMD, rows: Rows, noise: Noise, total_rows: int, law: str, draw: int = 0) -> Tensor:
     """The surrogate objective of the VMD and VADD papers, per row in nats. NOT a bound: for published tables only."""
     one = _score_one_step(model, rows, math.inf, law, noise, total_rows, draw, encode_all=False)
-    return (one.weight * (one.nll + one.any_masked * one.kl)).sum(-1).cpu()
+    return ((one.weight * one.nll).sum(-1) + (one.weight * one.any_masked * one.kl).sum(-1)).cpu()
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samp
 
     In the block variant all blocks walk their paths at once: each sees only the clean blocks before it.
     """
-    _check(sampler)
+    _check(sampler, rows)
     a, device = model.architecture, next(model.parameters()).device
     batch, groups = len(rows.clean), a.groups
     path: Path
@@ -101,7 +102,8 @@ def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samp
     z = None
     if a.latent_width and sampler.latent == "fixed":
         z, log_ratio = _draw(model.encode(on.clean, on.maskable, on.attend), _epsilon(model, rows, noise, sample))
-        result += log_ratio * on.maskable.view(batch, groups, -1).any(-1)
+        scored = log_ratio * any_of(on.maskable, on.attend, groups, a.documents)
+        result += scored.unflatten(1, (groups, -1)).sum(-1)  # the documents of a row are bounded together
     for k in range(path.total, 0, -1):
         if not path.reveals(k).any():
             continue
@@ -120,20 +122,22 @@ def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samp
     return result.cpu()
 
 
-def _check(sampler: Sampler) -> None:
+def _check(sampler: Sampler, rows: Rows) -> None:
+    if sampler.latent == "fresh" and has_documents(rows.attend):
+        raise ValueError("fresh latents are not scored where a row holds several documents")
     if not sampler.is_plain:
         raise ValueError(f"a likelihood is that of the model's own distribution; this sampler changes it: {sampler}")
 
 
 class _OneStep(NamedTuple):
-    """What one corrupted state tells about each group; all float64 or bool [B, G]."""
+    """What one corrupted state tells about each group, float64 or bool [B, G]; with documents * is [B, N]."""
 
     nll: Tensor  # summed over masked positions
-    kl: Tensor  # zero without a latent
+    kl: Tensor  # * zero without a latent
     weight: Tensor
     reveals: Tensor
-    any_masked: Tensor
-    any_maskable: Tensor
+    any_masked: Tensor  # *
+    any_maskable: Tensor  # *
 
 
 @torch.no_grad()
@@ -160,8 +164,8 @@ def _score_one_step(
         kl=torch.zeros_like(per_group) if posterior is None else posterior.kl().double(),
         weight=c.weight.double().to(device),
         reveals=c.reveals.double().to(device),
-        any_masked=masked.view(len(nll), a.groups, -1).any(-1),
-        any_maskable=on.maskable.view(len(nll), a.groups, -1).any(-1),
+        any_masked=any_of(masked, on.attend, a.groups, a.documents),
+        any_maskable=any_of(on.maskable, on.attend, a.groups, a.documents),
     )
 
 
@@ -176,5 +180,5 @@ def _epsilon(model: VMD, rows: Rows, noise: Noise, step: int) -> Tensor | None:
     a = model.architecture
     if not a.latent_width:
         return None
-    shape = (a.groups, a.latent_width)
+    shape = (a.documents if has_documents(rows.attend) else a.groups, a.latent_width)
     return noise.normal(Stream.LATENT, step, rows.numbers, shape).to(next(model.parameters()).device)

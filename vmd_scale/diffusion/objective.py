@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from vmd_scale.diffusion.corruption import Corruption, choose_steps, corrupt, stratified
 from vmd_scale.diffusion.noise import Noise, Stream
+from vmd_scale.model.documents import any_of, has_documents
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class TrainingInputs:
 
     clean: Tensor  # int64 [B, L]
     maskable: Tensor  # bool [B, L]: counted in the loss
-    attend: Tensor | None  # bool [B, L], false at padding
+    attend: Tensor | None  # bool [B, L], false at padding, or int32 [B, L], see model/documents.py
     noisy: Tensor  # int64 [B, L]; of objective iw [S, L]: all states of all rows' paths
     index: Tensor  # int64 [N]
     encoder_mask: Tensor  # bool [B, L]: the pattern m that the encoder reads
-    epsilon: Tensor | None  # fp32 [B, G, d_z]; iw: [B, K, G, d_z]
-    kl_weight: Tensor  # fp32 [B, G], without the annealing factor
+    epsilon: Tensor | None  # fp32 [B, G, d_z], or one a document [B, N, d_z]; iw: [B, K, G, d_z]
+    kl_weight: Tensor  # fp32 [B, G] or [B, N], without the annealing factor
     ratio: Tensor  # fp32 [B, G]; iw: [S, G]
     dropout_seed: int
     nll_weight: Tensor | None = None  # fp32 [B, G], not iw
@@ -72,16 +73,18 @@ class Objective:
         mask_id: int,
         noise: Noise,
         free_bits: float = 0.0,
+        documents: int = 1,
     ) -> None:
         self.kind, self.steps, self.law = kind, tuple(steps), law
         self.groups, self.latent_width, self.mask_id = groups, latent_width, mask_id
+        self.documents = documents
         self.noise, self.free_bits = noise, free_bits
 
     def prepare(
         self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int
     ) -> TrainingInputs:
         """Draw T, t, masks and latent noise for rows at `positions` of the global batch of a training step."""
-        batch, length = clean.shape
+        length = clean.shape[1]
         u = stratified(self.noise, step, positions, global_batch, self.groups)
         choices = self.steps if self.kind == "nelbo" else (math.inf,)
         total, u_time = choose_steps(u, choices)
@@ -89,13 +92,14 @@ class Objective:
         c: Corruption = corrupt(clean, maskable, total, u_time, u_path, self.law, self.mask_id)
         epsilon = None
         if self.latent_width:
-            epsilon = self.noise.normal(Stream.LATENT, step, positions, (self.groups, self.latent_width))
+            latents = self.documents if has_documents(attend) else self.groups
+            epsilon = self.noise.normal(Stream.LATENT, step, positions, (latents, self.latent_width))
         if self.kind == "nelbo":
             encoder_mask = maskable
-            kl_weight = maskable.view(batch, self.groups, -1).any(-1).float()
+            kl_weight = any_of(maskable, attend, self.groups, self.documents).float()
         else:
             encoder_mask = c.masked
-            kl_weight = c.weight * c.masked.view(batch, self.groups, -1).any(-1)
+            kl_weight = c.weight * any_of(c.masked, attend, self.groups, self.documents)
         return TrainingInputs(
             clean=clean,
             maskable=maskable,
@@ -112,10 +116,8 @@ class Objective:
 
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
         """The loss of one micro-batch. `model` is a `VMD`, or an engine around one."""
-        nll, posterior = model(x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
-        assert x.nll_weight is not None
-        per_group = nll.unflatten(1, (self.groups, -1)).sum(-1)  # [B, G]
-        reconstruction = (x.nll_weight * per_group).sum()
+        inputs = (x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
+        reconstruction, posterior = model(*inputs, nll_weight=x.nll_weight)
         if posterior is None:
             kl, total = reconstruction.new_zeros(()), reconstruction
         else:

@@ -1,8 +1,9 @@
 """Is the latent used, or has it collapsed to its prior? KL at several mask ratios, and active units."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,10 @@ from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.paths import random_ranks
 from vmd_scale.evaluation.perplexity import chosen_rows
 from vmd_scale.model import VMD
+from vmd_scale.model.documents import any_of
 
 MASK_RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0)
+HISTOGRAM_BINS = 20
 ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519, section 5.1
 
 
@@ -25,9 +28,14 @@ class LatentUsage:
     kl_by_mask_ratio: dict[str, float]  # nats of a latent group, q(z | x0, m) against its prior
     active_units: int  # whose posterior mean varies over the rows: Var(E_q[z]) > 0.01, in units of the prior
     latent_width: int
+    kl_histograms: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by mask ratio: counts and edges
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def describe(self) -> str:
+        by_ratio = ", ".join(f"{kl:.3f} at {ratio}" for ratio, kl in self.kl_by_mask_ratio.items())
+        return f"{self.active_units} of {self.latent_width} units active; KL in nats, by mask ratio: {by_ratio}"
 
 
 @torch.no_grad()
@@ -51,7 +59,7 @@ def latent_usage(
         in_groups = maskable.view(len(maskable), a.groups, -1)
         u = Noise(seed).uniform(Stream.PATH, 0, batch.positions, in_groups.shape[1:])
         ranks, count = random_ranks(u, in_groups), in_groups.sum(-1, keepdim=True)
-        scored = in_groups.any(-1).to(device)
+        scored = any_of(maskable, attend, a.groups, a.documents).to(device)
         for ratio in ratios:
             masked = in_groups & (ranks <= (ratio * count).ceil())
             on_attend = None if attend is None else attend.to(device)
@@ -71,4 +79,11 @@ def latent_usage(
         kl_by_mask_ratio={str(ratio): float(torch.cat(kl).double().mean()) for ratio, kl in kls.items()},
         active_units=int((variance > ACTIVE_VARIANCE).sum()),
         latent_width=a.latent_width,
+        kl_histograms={str(ratio): _histogram(torch.cat(kl)) for ratio, kl in kls.items()},
     )
+
+
+def _histogram(values: Tensor) -> dict[str, list[float]]:
+    """Of the groups of all rows: how many have a KL between one edge, nats, and the next."""
+    counts, edges = np.histogram(values.double().numpy(), bins=HISTOGRAM_BINS)
+    return {"counts": counts.tolist(), "edges": [round(edge, 6) for edge in edges.tolist()]}

@@ -1,7 +1,7 @@
 """Bounds over a whole split, with standard errors over sequences."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vmd_scale.build import masks_of
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.diffusion.compat import INTERVALS, compat_estimate
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import LAWS, RANDOM_LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.protocols import Protocol, get_protocol
 from vmd_scale.model import VMD
 
-Score = Callable[[Rows], torch.Tensor]
+Score = Callable[[Rows, Tensor], Tensor]  # rows and their counted positions -> nats [B]
+
+FIRST_LOOK = 128  # rows, until the standard error is looked at
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Result:
     steps: int | str  # T; "inf"
     latent: str  # fixed | fresh | none
     k: int
-    bound: str  # elbo | iw | exact (nothing is random)
+    bound: str  # elbo | iw | exact (nothing is random) | compat (published code's estimate, not a bound)
     nats_per_token: float
     bits_per_token: float
     perplexity: float
@@ -48,17 +53,24 @@ class Result:
     draws: int
     seed: int
     vmd_surrogate: float | None = None  # nats per token; NOT a bound
+    caveat: str | None = None  # why it does not compare with published figures of this protocol
+    data: str | None = None  # corpus, tokenizer and rows
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        if values["vmd_surrogate"] is None:
-            del values["vmd_surrogate"]
-        return values
+        """Optional values are left out where there are none."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("vmd_surrogate", "caveat", "data")}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to compute. `rows` limits the rows (a fixed random choice); None takes all."""
+    """What to compute.
+
+    Attributes:
+        rows: limits the rows (a fixed random choice); None takes all.
+        interval: of t: full, or mdlm_compat, see `diffusion/compat.py`.
+        until_error: rows are scored in random order until the standard error, in nats per token, is no larger; None
+            scores all.
+    """
 
     protocol: str
     split: str
@@ -71,6 +83,8 @@ class Request:
     seed: int = 0
     micro_batch: int = 64
     surrogate: bool = False
+    interval: str = "full"
+    until_error: float | None = None
 
 
 def chosen_rows(total: int, limit: int | None) -> np.ndarray:
@@ -101,33 +115,53 @@ def evaluate(
     """
     if request.draws < 1:
         raise UserError(f"--draws {request.draws}: must be at least 1")
+    if request.until_error is not None and not request.until_error > 0:
+        raise UserError(f"--until-error {request.until_error:g}: must be greater than 0")
     if request.latent not in ("fixed", "fresh"):
         raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
     if request.paths not in LAWS:
         raise UserError(f"--paths {request.paths!r}: allowed: {', '.join(LAWS)}")
+    if reader.manifest.packing == "document" and model.architecture.latent_width:
+        held, most = reader.manifest.documents_per_row, model.architecture.documents
+        if held is None or held > most:
+            raise UserError(f"rows hold up to {held} documents, this model has latents for {most}")
+        if request.latent == "fresh":
+            raise UserError("--latent fresh is not scored where a row holds several documents; use fixed")
     rows = chosen_rows(reader.rows, request.rows)
     if len(rows) < 2:
         raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")
+    protocol = get_protocol(request.protocol)
+    protocol.check(reader.manifest)
+    compat = protocol.pads_attended or request.interval != "full"
+    _check_compat(request, protocol)
+    if compat and reader.manifest.packing == "document":
+        raise UserError(f"--interval {request.interval} is for rows of one text, not for data.packing 'document'")
+    if request.until_error is not None:  # any beginning of them is a random choice
+        rows = rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
     noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
-    score_all = partial(_score_all, reader, rows, request.micro_batch, ranks or Ranks())
+    score_all = partial(_score_until, reader, rows, protocol, request, ranks or Ranks())
     surrogate = None
     if request.surrogate:
         if request.paths not in RANDOM_LAWS:
             raise UserError(f"--surrogate is defined for paths {' and '.join(RANDOM_LAWS)}, not {request.paths!r}")
-        surrogate, _ = _mean_and_error(*score_all(lambda some: vmd_surrogate(model, some, noise, total, request.paths)))
+        surrogate, _ = mean_and_error(
+            *score_all(lambda some, _: vmd_surrogate(model, some, noise, total, request.paths))
+        )
     results = []
     for k, steps in product(request.samples, request.steps):
         sampler = Sampler(steps, request.latent, request.paths)
 
-        def bound(some: Rows, k: int = k, sampler: Sampler = sampler) -> torch.Tensor:
-            if k > 1 or sampler.by_confidence:  # of a replayed path there is no random step
+        def bound(some: Rows, counted: Tensor, k: int = k, sampler: Sampler = sampler) -> Tensor:
+            if compat:
+                estimates = [compat_estimate(model, some, counted, request.interval, noise, total, n) for n in draws]
+            elif k > 1 or sampler.by_confidence:  # of a replayed path there is no random step
                 estimates = [importance_weighted(model, some, sampler, noise, k, draw) for draw in draws]
             else:
                 estimates = [elbo(model, some, sampler, noise, total, draw) for draw in draws]
             return torch.stack(estimates).mean(0)
 
         nats, tokens = score_all(bound)
-        mean, error = _mean_and_error(nats, tokens)
+        mean, error = mean_and_error(nats, tokens)
         certain = not model.architecture.latent_width and (sampler.by_confidence or steps == 1)
         results.append(
             Result(
@@ -136,43 +170,92 @@ def evaluate(
                 steps="inf" if math.isinf(steps) else int(steps),
                 latent=request.latent if model.architecture.latent_width else "none",
                 k=k,
-                bound="exact" if certain else "iw" if k > 1 else "elbo",
+                bound="compat" if compat else "exact" if certain else "iw" if k > 1 else "elbo",
                 nats_per_token=mean,
                 bits_per_token=mean / math.log(2),
                 perplexity=math.exp(min(mean, 700.0)),
                 standard_error=error,
                 tokens=int(tokens.sum()),
-                rows=total,
+                rows=len(nats),
                 weights=weights,
                 step=step,
                 paths=request.paths,
-                interval="full",
+                interval=request.interval,
                 draws=request.draws,
                 seed=request.seed,
                 vmd_surrogate=surrogate,
+                caveat=protocol.caveat(reader.manifest, request.split),
+                data=reader.manifest.summary,
             )
         )
     return results
 
 
-def _score_all(
-    reader: ShardReader, rows: np.ndarray, micro_batch: int, ranks: Ranks, score: Score
+def _check_compat(request: Request, protocol: Protocol) -> None:
+    """`UserError` for what the published estimates do not define."""
+    if request.interval not in INTERVALS:
+        raise UserError(f"--interval {request.interval!r}: allowed: {', '.join(INTERVALS)}")
+    if not (protocol.pads_attended or request.interval != "full"):
+        return
+    what = f"protocol {protocol.name}" if protocol.pads_attended else f"--interval {request.interval}"
+    wanted = {"--steps": request.steps == (math.inf,), "--k": request.samples == (1,)}
+    wanted |= {"--paths": request.paths == "bernoulli", "--latent": request.latent == "fixed"}
+    wanted |= {"--surrogate": not request.surrogate}
+    wrong = [option for option, right in wanted.items() if not right]
+    if wrong:
+        raise UserError(
+            f"{what} is an estimate of the published code and no likelihood: it is defined for --steps inf --k 1 "
+            f"--paths bernoulli --latent fixed, without --surrogate; change {', '.join(wrong)}"
+        )
+
+
+def _score_until(
+    reader: ShardReader, rows: np.ndarray, protocol: Protocol, request: Request, ranks: Ranks, score: Score
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and counted tokens of all rows, float64 and int64 [n], gathered from all ranks."""
-    nats, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    mine = np.arange(len(rows), dtype=np.int64)[ranks.rank :: ranks.size]
-    most = -(-len(rows) // ranks.size)  # rows of the rank that has most
+    """Nats and counted tokens of the rows, float64 and int64 [n]: of all, or of the first that suffice.
+
+    When to look is decided by what was found so far, never by the number of ranks or the micro-batch.
+    """
+    wanted = request.until_error
+    nats, tokens = np.zeros(0), np.zeros(0, dtype=np.int64)
+    next_look = len(rows) if wanted is None else min(FIRST_LOOK, len(rows))
+    while len(nats) < len(rows):
+        numbers = np.arange(len(nats), next_look, dtype=np.int64)
+        more = _score_rows(reader, rows, protocol, request.micro_batch, ranks, score, numbers)
+        nats, tokens = np.concatenate((nats, more[0])), np.concatenate((tokens, more[1]))
+        if wanted is not None:
+            _, error = mean_and_error(nats, tokens)
+            if error <= wanted:
+                break
+            enough = len(nats) * (error / wanted) ** 2  # the error falls with the root of the number of rows
+            next_look = int(min(max(1.05 * enough, 1.25 * len(nats)), 2 * len(nats), len(rows)))
+    return nats, tokens
+
+
+def _score_rows(
+    reader: ShardReader,
+    rows: np.ndarray,
+    protocol: Protocol,
+    micro_batch: int,
+    ranks: Ranks,
+    score: Score,
+    numbers: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of ``rows[numbers]``, each scored on exactly one rank, gathered on all."""
+    nats, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
+    mine = np.arange(len(numbers), dtype=np.int64)[ranks.rank :: ranks.size]
+    most = -(-len(numbers) // ranks.size)  # rows of the rank that has most
     for start in range(0, most, micro_batch):
         dealt = mine[start : start + micro_batch]
         # All batches of all ranks have one shape, filled up with rows that are not counted: under ZeRO-3 a forward is a
         # collective, and compiled blocks like it too.
-        numbers = np.zeros(min(micro_batch, most), dtype=np.int64)
-        numbers[: len(dealt)] = dealt
-        (batch,) = evaluation_batches(reader, rows[numbers], micro_batch)
-        maskable, attend = masks_of(batch, reader.manifest)
-        scored = score(Rows(batch.tokens, maskable, attend, torch.from_numpy(numbers)))
-        nats[dealt] = scored[: len(dealt)].numpy()
-        tokens[dealt] = maskable[: len(dealt)].sum(-1).numpy()
+        filled = np.full(min(micro_batch, most), numbers[0], dtype=np.int64)
+        filled[: len(dealt)] = numbers[dealt]
+        (batch,) = evaluation_batches(reader, rows[filled], micro_batch)
+        scored = protocol.score(*masks_of(batch, reader.manifest))
+        some = Rows(batch.tokens, scored.maskable, scored.attend, torch.from_numpy(filled))
+        nats[dealt] = score(some, scored.counted)[: len(dealt)].numpy()
+        tokens[dealt] = scored.counted[: len(dealt)].sum(-1).numpy()
     if ranks.size > 1:
         shares: list[Any] = [None] * ranks.size
         dist.all_gather_object(shares, (nats, tokens), group=ranks.group)
@@ -180,21 +263,9 @@ def _score_all(
     return nats, tokens
 
 
-def _mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+def mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     """Nats per token over all rows, and its standard error over rows (of a ratio of sums)."""
     mean = nats.sum() / tokens.sum()
     residuals = nats - mean * tokens
     variance = residuals.var(ddof=1) * len(nats)
     return float(mean), float(math.sqrt(variance) / tokens.sum())
-
-
-def table(results: Sequence[Result]) -> str:
-    """A text table for people."""
-    head = ("T", "latent", "paths", "K", "bound", "bits/token", "+-", "perplexity", "rows")
-    lines = ["{:>6} {:>7} {:>9} {:>4} {:>5} {:>11} {:>7} {:>11} {:>7}".format(*head)]
-    for r in results:
-        lines.append(
-            f"{r.steps:>6} {r.latent:>7} {r.paths:>9} {r.k:>4} {r.bound:>5} {r.bits_per_token:>11.4f} "
-            f"{r.standard_error / math.log(2):>7.4f} {r.perplexity:>11.4f} {r.rows:>7}"
-        )
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A Hugging Face style folder: config.json, model.safetensors, tokenizer files, model card, modelling file."""
+"""A Hugging Face folder: config.json, safetensors, tokenizer files, model card, and the code that loads them."""
 
 import json
 import os
@@ -6,71 +6,62 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from huggingface_hub import save_torch_state_dict
 
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
-from vmd_scale.export.standalone import FILE_NAME, modelling_source
+from vmd_scale.export.card import model_card
+from vmd_scale.export.standalone import FILE_NAME, TRANSFORMERS_FILE_NAME, modelling_source, transformers_source
 
-MEASURED = (
-    "protocol",
-    "split",
-    "steps",
-    "latent",
-    "paths",
-    "k",
-    "bound",
-    "bits_per_token",
-    "standard_error",
-    "perplexity",
-)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(trained: TrainedModel, folder: Path, results: Sequence[Result] = ()) -> Path:
+def export(
+    trained: TrainedModel,
+    folder: Path,
+    results: Sequence[Result] = (),
+    encoder: bool = False,
+    dtype: str = "fp32",
+    max_shard_size: str = "5GB",
+) -> Path:
     """Write the model into `folder`, whole or not at all.
 
     Args:
-        results: evaluation results for the model card, as ``evaluate.py --json`` writes them.
+        results: evaluation results of these weights, for the model card.
+        encoder: q(z | x0, m) as well: bounds and further training need it, sampling does not.
+        dtype: fp32 | bf16 | fp16, of the weights in the files.
+        max_shard_size: a larger model is cut into several files.
 
     Raises:
-        UserError: `folder` exists and is not an earlier export; results of another checkpoint or of other weights.
+        UserError: `folder` exists and is not an earlier export.
     """
-    for result in results:
-        if (result.step, result.weights) != (trained.step, trained.weights):
-            raise UserError(
-                f"--evaluation holds results of step {result.step}, {result.weights} weights; the model card is about "
-                f"step {trained.step}, {trained.weights} weights"
-            )
     if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
         raise UserError(f"--output {folder}: exists and is not an exported model; choose another folder")
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    architecture = trained.model.architecture
-    config = {
-        "model_type": "vmd",
-        "architectures": ["VMD"],
-        "architecture": architecture.to_dict(),
-        "vocab_size": architecture.vocab_size,
-        "mask_token_id": architecture.mask_id,
-        "torch_dtype": "float32",
-        "vmd_scale": {
-            "version": __version__,
-            "step": trained.step,
-            "weights": trained.weights,
-            "tokenizer_fingerprint": trained.tokenizer.fingerprint,
-            "config": trained.config.model_dump(mode="json"),
-        },
-    }
+    has_encoder = encoder and trained.model.encoder is not None
+    config = _config(trained, has_encoder, dtype)
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (staging / FILE_NAME).write_text(modelling_source(), encoding="utf-8")
-    (staging / "README.md").write_text(_model_card(trained, results), encoding="utf-8")
-    for name, content in trained.tokenizer.files().items():
+    (staging / TRANSFORMERS_FILE_NAME).write_text(transformers_source(), encoding="utf-8")
+    (staging / "README.md").write_text(model_card(trained, results, has_encoder), encoding="utf-8")
+    tokenizer = trained.tokenizer.files()
+    if "tokenizer.json" in tokenizer:  # else AutoTokenizer would look for its class in config.json
+        tokenizer.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    for name, content in tokenizer.items():
         (staging / name).write_bytes(content)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trained.model.state_dict().items()}
-    save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+    tensors = {
+        name: tensor.to("cpu", DTYPES[dtype]).contiguous()
+        for name, tensor in trained.model.state_dict().items()
+        if has_encoder or not name.startswith("encoder.")
+    }
+    save_torch_state_dict(tensors, staging, max_shard_size=max_shard_size)
+    for file in staging.glob("*.safetensors"):  # which are written for their owner only
+        file.chmod((staging / "config.json").stat().st_mode)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -82,35 +73,29 @@ def export(trained: TrainedModel, folder: Path, results: Sequence[Result] = ()) 
     return folder
 
 
-def _model_card(trained: TrainedModel, results: Sequence[Result]) -> str:
-    config, a = trained.config, trained.model.architecture
-    kind = f"variational masked diffusion, latent of {a.latent_width}" if a.latent_width else "masked diffusion"
-    lines = [
-        "---",
-        "library_name: pytorch",
-        "tags: [masked-diffusion, variational-masked-diffusion]",
-        "---",
-        f"# A {kind}",
-        "",
-        f"Trained by vmd_scale {__version__} for {trained.step:,} steps of {config.training.global_batch} rows x "
-        f"{a.row_length} tokens on `{config.data.corpus}` (tokenizer `{config.data.tokenizer}`, {a.vocab_size:,} "
-        f"symbols and the mask), objective `{config.diffusion.objective}`. "
-        f"{a.layers} layers, {a.width} wide. These are the {trained.weights} weights.",
-        "",
-        "```python",
-        f"from {FILE_NAME.removesuffix('.py')} import load, negative_elbo",
-        'model = load(".")',
-        "```",
-        "",
-        "## Measured",
-        "",
-    ]
-    if results:
-        lines.append("Upper bounds (in expectation) on the negative log-likelihood of the T-step sampler named.")
-        lines += ["", "| " + " | ".join(MEASURED) + " |", "|" + "---|" * len(MEASURED)]
-        for result in results:
-            cells = [f"{v:.4f}" if isinstance(v := getattr(result, key), float) else str(v) for key in MEASURED]
-            lines.append("| " + " | ".join(cells) + " |")
-    else:
-        lines.append("Nothing was evaluated when this folder was written.")
-    return "\n".join(lines) + "\n"
+def _config(trained: TrainedModel, has_encoder: bool, dtype: str) -> dict[str, object]:
+    architecture = trained.model.architecture
+    module = TRANSFORMERS_FILE_NAME.removesuffix(".py")
+    automatic = {"AutoConfig": "VMDConfig", "AutoModel": "VMDModel", "AutoModelForMaskedLM": "VMDModel"}
+    return {
+        "model_type": "vmd",
+        "architectures": ["VMDModel"],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in automatic.items()},
+        "architecture": architecture.to_dict(),
+        "has_encoder": has_encoder,
+        "vocab_size": architecture.vocab_size + 1,  # of the embedding, which knows the mask; no logit is the mask's
+        "mask_token_id": architecture.mask_id,
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.heads,
+        "max_position_embeddings": architecture.row_length,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),  # its name before transformers 5
+        "vmd_scale": {
+            "version": __version__,
+            "step": trained.step,
+            "weights": trained.weights,
+            "tokenizer_fingerprint": trained.tokenizer.fingerprint,
+            "config": trained.config.model_dump(mode="json"),
+        },
+    }

@@ -27,7 +27,9 @@ class Architecture:
     injection: str  # adaln | add
     encoder_layers: int
     encoder_width: int
+    biases: bool = False  # of the denoiser's MLPs and head
     prior: str = "standard"  # standard: N(0, I) | conditional: a network that reads the visible tokens
+    documents: int = 1  # of a row, at most, each with a z of its own; more than 1 only where G = 1
 
     @property
     def mask_id(self) -> int:

@@ -1,27 +1,86 @@
 """Bidirectional attention: one function, several kernels, and rotary position embedding."""
 
 import functools
+import importlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-Mask = Tensor | BlockMask | None
+Mask = Union[Tensor, BlockMask, "Documents", None]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Rows of several documents, attention inside each of them.
+
+    Args:
+        segments: int [B, L], the document of every position: equal inside a document, different in its neighbours.
+        boundaries: int32 [N + 1], made of `segments` by `document_boundaries`; without it there is no varlen kernel.
+    """
+
+    segments: Tensor
+    boundaries: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        """bool [B, 1, L, L]."""
+        return (self.segments.unsqueeze(-1) == self.segments.unsqueeze(-2)).unsqueeze(1)
+
+
+def document_boundaries(segments: Tensor, multiple: int = 64) -> Tensor:
+    """Where documents begin and end in the flattened rows, for varlen kernels: cu_seqlens, int32 [N + 1].
+
+    To be made on the host, with the batch: the number of documents depends on the data. N is filled up to a multiple,
+    with empty documents at the end, so that few different shapes occur.
+
+    Args:
+        segments: int [B, L]; a document does not go on in the next row.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = begins.flatten().nonzero().squeeze(-1).int()
+    return F.pad(starts, (0, -len(starts) % multiple + 1), value=segments.numel())
+
+
+class Flash(NamedTuple):
+    """flash-attn, as it is installed."""
+
+    version: int
+    dense: Callable[..., Any]
+    varlen: Callable[..., Any]
 
 
 @functools.cache
-def flash_available() -> bool:
-    """Whether flash-attn can be used. It is really imported: a build that does not fit this PyTorch fails only then."""
+def flash_kernels() -> Flash | None:
+    """The newest flash-attn that works here, or None. It is really imported: a bad build fails only then."""
     if not torch.cuda.is_available():
-        return False
-    try:
-        import flash_attn  # noqa: F401
-    except (ImportError, OSError):
-        return False
-    return True
+        return None
+    modern = torch.cuda.get_device_capability() >= (9, 0)
+    for version, module in ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn")):
+        if version > 2 and not modern:
+            continue
+        try:
+            found = importlib.import_module(module)
+            return Flash(version, found.flash_attn_func, found.flash_attn_varlen_func)
+        except (ImportError, OSError, AttributeError):
+            continue
+    return None
+
+
+def flash_available() -> bool:
+    """Whether flash-attn can be used."""
+    return flash_kernels() is not None
+
+
+def kernel_name(kernel: str) -> str:
+    """For the log."""
+    flash = flash_kernels() if kernel == "flash" else None
+    return f"flash-attn {flash.version}" if flash is not None else {"sdpa": "PyTorch SDPA"}.get(kernel, kernel)
 
 
 def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:
@@ -48,16 +107,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str) -> Tenso
     Args:
         q: [B, L, heads, head width]; k, v: [B, S, heads, head width].
         mask: bool, broadcastable to [B, heads, L, S], true where attention is allowed; None allows all; a `BlockMask`
-            is for FlexAttention.
+            is for FlexAttention; `Documents` for rows that hold several.
         kernel: flash | sdpa | flex | reference. Flash has no general mask: SDPA takes over where there is one.
 
     Returns:
         [B, L, heads, head width].
     """
-    if kernel == "flash" and mask is None and q.dtype in (torch.bfloat16, torch.float16):
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v)
+    flash = flash_kernels() if kernel == "flash" and q.dtype in (torch.bfloat16, torch.float16) else None
+    if flash is not None and mask is None:
+        return _first(flash.dense(q, k, v))
+    if isinstance(mask, Documents):
+        if flash is not None and mask.boundaries is not None:
+            rows = (x.flatten(0, 1) for x in (q, k, v))
+            ends, longest = mask.boundaries, q.shape[1]
+            return _first(flash.varlen(*rows, ends, ends, longest, longest)).view_as(q)
+        mask = mask.mask()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
         return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
@@ -69,6 +133,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str) -> Tenso
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def _first(result: Any) -> Tensor:
+    """Some versions of flash-attn return the normalisers too."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def rotary_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:

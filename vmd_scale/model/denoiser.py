@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import Mask, block_diffusion_mask, choose_kernel, rotary_table
+from vmd_scale.model.documents import attention_mask, has_documents, positions_in, spread
 from vmd_scale.model.layers import Block, KeyValues, Norm, Stack, initialize
 
 
@@ -22,11 +23,11 @@ class Denoiser(nn.Module):
         # alike, and z could not say which token belongs where.
         self.position = nn.Embedding(a.row_length, a.width)
         self.blocks = Stack(
-            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, self.kernel, condition)
+            Block(a.width, a.heads, a.mlp_ratio, a.mlp, a.norm, a.dropout, self.kernel, condition, a.biases)
             for _ in range(a.layers)
         )
         self.norm = Norm(a.width, a.norm)
-        self.head = None if a.tie_embeddings else nn.Linear(a.width, a.vocab_size, bias=False)
+        self.head = None if a.tie_embeddings else nn.Linear(a.width, a.vocab_size, bias=a.biases)
         self.latent_to_condition = None
         self.latent_to_embedding = None
         if a.latent_width and a.injection == "adaln":
@@ -58,8 +59,8 @@ class Denoiser(nn.Module):
 
         Args:
             noisy: int64 [B, L], mask_id where masked.
-            z: [B, G, d_z], or None without a latent.
-            attend: bool [B, L], false at padding.
+            z: [B, G, d_z], or None without a latent; [B, N, d_z] where `attend` tells documents apart.
+            attend: bool [B, L], false at padding, or int32 [B, L], see documents.py.
             mask_ratio: [B, G], read only with time_conditioning.
             clean: int64 [B, L], read only by the block variant (G > 1): what the blocks before condition on.
 
@@ -67,14 +68,17 @@ class Denoiser(nn.Module):
             [B, L, D].
         """
         a, length = self.architecture, noisy.shape[1]
-        positions = torch.arange(length, device=noisy.device)
-        x = self.embedding(noisy) + self.position(positions)
+        x = self.embedding(noisy) + self.position(positions_in(attend, length, noisy.device))
+        positions = torch.arange(length, device=noisy.device)  # rotary attention hears differences: no need to restart
         if self.latent_to_embedding is not None:
             assert z is not None
             added = self.latent_to_embedding(z.to(x.dtype))
-            x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
-        mask: Mask = None if attend is None else attend[:, None, None, :]
-        condition = self._condition(x, z, mask_ratio)
+            if attend is not None and has_documents(attend):
+                x = x + spread(added, attend)
+            else:
+                x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
+        mask: Mask = attention_mask(attend)
+        condition = self._condition(x, z, mask_ratio, attend)
         if a.groups > 1:
             assert clean is not None
             x = torch.cat((x, self.embedding(clean) + self.position(positions)), dim=1)
@@ -128,14 +132,23 @@ class Denoiser(nn.Module):
         """[..., D] -> fp32 [..., V]."""
         if self.head is not None:
             return self.head(hidden).float()
-        return (hidden @ self.embedding.weight[: self.architecture.vocab_size].T).float()
+        return (hidden @ self.output_matrix.T).float()
 
-    def _condition(self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None) -> Tensor | None:
-        """What modulates the blocks, [B, G, C]."""
+    @property
+    def output_matrix(self) -> Tensor:
+        """[V, D], the head; the mask symbol has no row in it."""
+        return self.embedding.weight[: self.architecture.vocab_size] if self.head is None else self.head.weight
+
+    def _condition(
+        self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None
+    ) -> Tensor | None:
+        """What modulates the blocks, [B, G, C]; of rows of several documents [B, L, C]."""
         condition = None
         if self.latent_to_condition is not None:
             assert z is not None
             condition = self.latent_to_condition(z.to(x.dtype))
+            if attend is not None and has_documents(attend):
+                condition = spread(condition, attend)
         if self.time_to_condition is not None:
             assert mask_ratio is not None
             time = self.time_to_condition(_sinusoids(mask_ratio, self.architecture.condition_width).to(x.dtype))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import choose_kernel, rotary_table
+from vmd_scale.model.documents import attention_mask, has_documents, members, positions_in
 from vmd_scale.model.layers import Block, Norm, Stack, initialize
 
 LOG_STD_RANGE = (-8.0, 4.0)  # keeps exp() finite when a run is started with a large learning rate
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
     def __init__(self, a: Architecture, symbols: int) -> None:
         """`symbols`: V for the encoder, V + 1 for a prior, which may see the mask symbol."""
         super().__init__()
-        self.groups, self.head_width = a.groups, a.head_width
+        self.groups, self.documents, self.head_width = a.groups, a.documents, a.head_width
         width, heads = a.encoder_width, a.encoder_width // a.head_width
         kernel = choose_kernel(a.attention)
         self.embedding = nn.Embedding(symbols, width)
@@ -116,14 +117,17 @@ class Encoder(nn.Module):
         Args:
             tokens: int64 [B, L]: x0, for a prior xt.
             masked: bool [B, L], the pattern m; all maskable positions for q(z | x0).
-            attend: bool [B, L], false at padding; None where there is none.
+            attend: bool [B, L], false at padding, or int32 [B, L], see documents.py; None where all is one document.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        h = self.embedding(tokens) + self.pattern(masked.long()) + self.position(positions)
-        rotary = rotary_table(positions, self.head_width)
-        mask = None if attend is None else attend[:, None, None, :]
-        h = self.norm(self.blocks(h, rotary, mask)).float().unflatten(1, (self.groups, -1))
-        pooled_over = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)
-        pooled = (h * pooled_over).sum(2) / pooled_over.sum(2).clamp(min=1)
+        length, device = tokens.shape[1], tokens.device
+        h = self.embedding(tokens) + self.pattern(masked.long()) + self.position(positions_in(attend, length, device))
+        rotary = rotary_table(torch.arange(length, device=device), self.head_width)
+        h = self.norm(self.blocks(h, rotary, attention_mask(attend))).float()
+        if attend is not None and has_documents(attend):
+            over = (members(attend, self.documents) & masked[:, None]).float()  # [B, N, L]
+            pooled = over @ h / over.sum(-1, keepdim=True).clamp(min=1)
+        else:
+            grouped = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)
+            pooled = (h.unflatten(1, (self.groups, -1)) * grouped).sum(2) / grouped.sum(2).clamp(min=1)
         mean, log_std = self.out(pooled.to(self.out.weight.dtype)).float().chunk(2, dim=-1)
         return Gaussian(mean, log_std.clamp(*LOG_STD_RANGE))

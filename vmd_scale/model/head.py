@@ -1,6 +1,15 @@
-"""Cross-entropy at the masked positions only: hidden states are gathered before the head, logits come in chunks."""
+"""Cross-entropy at the masked positions only: hidden states are gathered before the head, logits come in chunks.
 
+The full [B, L, V] logits never exist. Two ways to a gradient:
+
+    masked_nll      any gradient may come back: each chunk of logits is computed again in the backward pass
+    weighted_nll    the weight of every position is known beforehand: the gradient is made together with the loss, and
+                    nothing is computed twice ("fused linear cross-entropy", as in Liger, arXiv 2410.10989)
+"""
+
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,14 +17,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**25  # logits in existence at once: 128 MiB in fp32
+GPU_CHUNK_ELEMENTS = 2**28  # of the fused one there: each chunk reads and writes a gradient as large as the head
 
 
 def masked_nll(
     hidden: Tensor, targets: Tensor, index: Tensor, logits: Callable[[Tensor], Tensor], vocab_size: int
 ) -> Tensor:
     """-log p(x0 | hidden) at the positions in `index`, zero elsewhere.
-
-    The full [B, L, V] logits never exist: each chunk is computed again in the backward pass.
 
     Args:
         hidden: [B, L, D].
@@ -26,21 +34,105 @@ def masked_nll(
     Returns:
         fp32 [B, L], nats.
     """
-    positions = targets.numel()
-    source = index.clamp(max=positions - 1)
-    rows, wanted = hidden.flatten(0, 1)[source], targets.flatten()[source]
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    rows, wanted = _gather(hidden, targets, index)
 
     def chunk_nll(h: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits(h), y, reduction="none")
 
-    # From the shape alone, not from the number of masked positions: under ZeRO-3 each call of the head is a collective.
-    pieces = -(-positions // chunk)
+    pieces = pieces_of(targets, vocab_size)
     if pieces == 1:
         nll = chunk_nll(rows, wanted)
     else:
         parts = zip(rows.tensor_split(pieces), wanted.tensor_split(pieces), strict=True)
         nll = torch.cat([checkpoint(chunk_nll, h, y, use_reentrant=False) for h, y in parts])
+    return _scatter(nll, targets, index)
+
+
+def weighted_nll(
+    hidden: Tensor, targets: Tensor, index: Tensor, matrix: Tensor, weight: Tensor, compiled: bool = False
+) -> Tensor:
+    """sum_{b, l} weight * -log p(x0 | hidden) over the positions in `index`, a scalar in fp32.
+
+    Args:
+        hidden, targets, index: as those of `masked_nll`.
+        matrix: [V, D], the head.
+        weight: fp32 [B, G], one for each group of L / G positions. It gets no gradient.
+        compiled: whether torch.compile makes one kernel of what is done to a chunk of logits.
+    """
+    rows, wanted = _gather(hidden, targets, index)
+    of_position = weight.repeat_interleave(targets.shape[1] // weight.shape[1], 1).flatten()
+    of_rows = F.pad(of_position, (0, 1))[index]  # padding weighs nothing
+    return _WeightedNLL.apply(rows, matrix, wanted, of_rows, compiled)
+
+
+def pieces_of(targets: Tensor, vocab_size: int) -> int:
+    """Into how many chunks the logits of a micro-batch fall.
+
+    From the shape alone, not from the number of masked positions: under ZeRO-3 each call of the head is a collective.
+    """
+    return -(-targets.numel() // max(1, CHUNK_ELEMENTS // vocab_size))
+
+
+def _gather(hidden: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    source = index.clamp(max=targets.numel() - 1)
+    return hidden.flatten(0, 1).index_select(0, source), targets.flatten()[source]
+
+
+def _scatter(nll: Tensor, targets: Tensor, index: Tensor) -> Tensor:
     # One slot more than there are positions takes what the padding of `index` computed.
-    dense = torch.zeros(positions + 1, dtype=nll.dtype, device=nll.device).scatter(0, index, nll)
-    return dense[:positions].view_as(targets)
+    dense = torch.zeros(targets.numel() + 1, dtype=nll.dtype, device=nll.device).scatter(0, index, nll)
+    return dense[:-1].view_as(targets)
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """sum_n w_n NLL_n. Its gradient but for the factor that comes back is made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, targets: Tensor, weight: Tensor, compiled: bool) -> Tensor:
+        elements = GPU_CHUNK_ELEMENTS if rows.is_cuda else CHUNK_ELEMENTS
+        chunk = max(1, elements // len(matrix))
+        d_rows, d_matrix = torch.empty_like(rows), torch.zeros_like(matrix, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        score = _compiled() if compiled else _nll_and_gradient
+        parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
+        for h, y, w, d_h in zip(*parts, strict=True):
+            nll, d_logits = score(h @ matrix.T, y, w)
+            total += (nll.double() * w).sum()
+            torch.mm(d_logits, matrix, out=d_h)
+            if matrix.dtype == torch.float32:
+                torch.addmm(d_matrix, d_logits.T, h, out=d_matrix)
+            else:
+                d_matrix += d_logits.T @ h
+        ctx.save_for_backward(d_rows, d_matrix)
+        ctx.dtype = matrix.dtype
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (factor,) = gradients
+        d_rows, d_matrix = ctx.saved_tensors
+        return d_rows * factor.to(d_rows.dtype), (d_matrix * factor).to(ctx.dtype), None, None, None
+
+
+def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL, fp32 [n], of logits [n, V], and the gradient of its sum weighted by fp32 [n], in the logits' dtype."""
+    log_p = logits.float().log_softmax(-1)
+    targets = targets.unsqueeze(-1)
+    nll = -log_p.gather(-1, targets).squeeze(-1)
+    p = log_p.exp_()
+    p.scatter_add_(-1, targets, p.new_full(targets.shape, -1.0))
+    return nll, p.mul_(weight.unsqueeze(-1)).to(logits.dtype)
+
+
+def _in_one_pass(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without a scattered write, for a compiler that fuses what is element-wise."""
+    scores, targets = logits.float(), targets.unsqueeze(-1)
+    normaliser = scores.logsumexp(-1, keepdim=True)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == targets
+    gradient = ((scores - normaliser).exp() - hit.float()) * weight.unsqueeze(-1)
+    return (normaliser - scores.gather(-1, targets)).squeeze(-1), gradient.to(logits.dtype)
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_in_one_pass, dynamic=True)

@@ -1,13 +1,15 @@
 """Transformer blocks, with optional modulation (adaLN) by a condition that is shared within a latent group."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vmd_scale.model.attention import Mask, apply_rotary, attention
 
@@ -31,12 +33,12 @@ class Norm(nn.Module):
 class MLP(nn.Module):
     """Two layers with GELU, or SwiGLU of the same number of parameters."""
 
-    def __init__(self, width: int, ratio: float, kind: str) -> None:
+    def __init__(self, width: int, ratio: float, kind: str, bias: bool = False) -> None:
         super().__init__()
         self.gated = kind == "swiglu"
         hidden = 8 * math.ceil(width * ratio * (2 / 3 if self.gated else 1) / 8)
-        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)
@@ -76,8 +78,9 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, past: KeyValues | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        qkv = self.qkv(x).unflatten(-1, (3 * self.heads, -1))
+        qk, v = qkv.split((2 * self.heads, self.heads), dim=2)
+        q, k = apply_rotary(qk, rotary).chunk(2, dim=2)
         if past is not None:
             k, v = past.join(k, v)
         return self.out(attention(q, k, v, mask, self.kernel).flatten(2))
@@ -90,15 +93,29 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With a condition, adaLN: starts as the unconditioned block (zero modulation)."""
+    """Pre-norm transformer block. With a condition, adaLN: starts as the unconditioned block (zero modulation).
+
+    With `keep_products`, the backward pass keeps matrix products and attention, and computes the rest again.
+    """
+
+    keep_products = False  # here rather than in `Stack`: a compiled block decides for itself what it keeps
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, mlp: str, norm: str, dropout: float, kernel: str, condition: int
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        mlp: str,
+        norm: str,
+        dropout: float,
+        kernel: str,
+        condition: int,
+        biases: bool = False,
     ) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = Norm(width, norm), Norm(width, norm)
         self.attention = SelfAttention(width, heads, kernel)
-        self.mlp = MLP(width, mlp_ratio, mlp)
+        self.mlp = MLP(width, mlp_ratio, mlp, biases)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(condition, 6 * width) if condition else None
 
@@ -111,6 +128,20 @@ class Block(nn.Module):
         past: KeyValues | None = None,
     ) -> Tensor:
         """x: [B, L, D]; condition: [B, G, C] or None."""
+        if self.keep_products and torch.is_grad_enabled():
+            return checkpoint(
+                self._forward, x, rotary, mask, condition, past, use_reentrant=False, context_fn=_keeping_products
+            )
+        return self._forward(x, rotary, mask, condition, past)
+
+    def _forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        condition: Tensor | None,
+        past: KeyValues | None,
+    ) -> Tensor:
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask, past))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
@@ -122,10 +153,35 @@ class Block(nn.Module):
         return x + modulate(self.dropout(h), None, gate_m)
 
 
-class Stack(nn.ModuleList):
-    """Blocks one after the other. With `recompute`, their activations are computed again in the backward pass."""
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
-    recompute = False
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_products = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+class Stack(nn.ModuleList):
+    """Blocks one after the other."""
+
+    recompute = False  # all of a block in the backward pass, of which only the input is kept
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """none | selective (keep matrix products and attention) | full (keep the blocks' inputs)."""
+        self.recompute = kind == "full"
+        for block in self:
+            assert isinstance(block, Block)
+            block.keep_products = kind == "selective"
 
     def forward(
         self,

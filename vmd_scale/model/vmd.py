@@ -1,15 +1,24 @@
 """Variational masked diffusion: encoder and denoiser put together. ``latent_width = 0`` is plain MDM, the same code."""
 
+import torch
 from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.denoiser import Denoiser
 from vmd_scale.model.encoder import Encoder, Gaussian, Posterior, ScaledGradient
-from vmd_scale.model.head import masked_nll
+from vmd_scale.model.head import masked_nll, pieces_of, weighted_nll
+from vmd_scale.model.layers import Stack
 
 
 class VMD(nn.Module):
-    """p(x0 | xt, z) and q(z | x0, m) of arXiv 2510.23606; p(z) is N(0, I), or a network that reads what is visible."""
+    """p(x0 | xt, z) and q(z | x0, m) of arXiv 2510.23606; p(z) is N(0, I), or a network that reads what is visible.
+
+    `fused_loss`: whether large logits go through `weighted_nll`, which reads the head's matrix; where a rank holds only
+    a part of it (ZeRO-3), it must be false. `compiled_loss`: see `weighted_nll`.
+    """
+
+    fused_loss = True
+    compiled_loss = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -20,6 +29,17 @@ class VMD(nn.Module):
         self.encoder = Encoder(architecture, architecture.vocab_size) if architecture.latent_width else None
         conditional = architecture.latent_width > 0 and architecture.prior == "conditional"
         self.prior_network = Encoder(architecture, architecture.vocab_size + 1) if conditional else None
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """Of the networks that there are."""
+        networks = (self.denoiser, self.encoder, self.prior_network)
+        return [network.blocks for network in networks if network is not None]
+
+    def checkpoint_activations(self, kind: str) -> None:
+        """What the backward pass computes again instead of keeping it: see `Stack.checkpoint_activations`."""
+        for stack in self.stacks:
+            stack.checkpoint_activations(kind)
 
     def forward(
         self,
@@ -32,6 +52,7 @@ class VMD(nn.Module):
         mask_ratio: Tensor | None = None,
         owner: Tensor | None = None,
         z_gradient: Tensor | None = None,
+        nll_weight: Tensor | None = None,
     ) -> tuple[Tensor, Posterior | None]:
         """Encode, draw z, denoise, score: everything one training step needs, in one call.
 
@@ -44,13 +65,14 @@ class VMD(nn.Module):
             owner: int64 [S], for several states of a row and K latents of each: then `noisy` and `mask_ratio` are of S
                 states, each of the row `owner`; `epsilon` is [B, K, G, d_z], and `index` numbers positions of [S K, L].
             z_gradient: fp32 [B, K, G, 1], multiplies the gradient that reaches z; see `ScaledGradient`.
+            nll_weight: fp32 [B, G], asks for a weighted sum, whose gradient is cheaper.
 
         Returns:
-            -log p(x0 | xt, z) at masked positions, zero elsewhere, fp32 [B, L] or [S K, L]; and q, None without a
-            latent.
+            -log p(x0 | xt, z) at masked positions, zero elsewhere, fp32 [B, L] or [S K, L], or with `nll_weight` their
+            weighted sum, a scalar; and q, None without a latent.
         """
         if self.encoder is None:
-            return self.token_nll(clean, noisy, index, None, attend, mask_ratio), None
+            return self._score(clean, noisy, index, None, attend, mask_ratio, nll_weight), None
         assert encoder_mask is not None
         assert epsilon is not None
         posterior = self.encode(clean, encoder_mask, attend)
@@ -63,7 +85,7 @@ class VMD(nn.Module):
             clean, attend = clean[owner], None if attend is None else attend[owner]
             noisy = noisy.repeat_interleave(latents, 0)
             mask_ratio = None if mask_ratio is None else mask_ratio.repeat_interleave(latents, 0)
-        return self.token_nll(clean, noisy, index, z, attend, mask_ratio), posterior
+        return self._score(clean, noisy, index, z, attend, mask_ratio, nll_weight), posterior
 
     def encode(self, clean: Tensor, encoder_mask: Tensor, attend: Tensor | None = None) -> Posterior:
         """q(z | x0, m), beside the prior of the same latent."""
@@ -88,6 +110,26 @@ class VMD(nn.Module):
         """-log p(x0 | xt, z) for a given z: nats at masked positions, zero elsewhere, fp32 [B, L]."""
         hidden = self.denoiser(noisy, z, attend, mask_ratio, clean)
         return masked_nll(hidden, clean, index, self.denoiser.logits, self.architecture.vocab_size)
+
+    def _score(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        index: Tensor,
+        z: Tensor | None,
+        attend: Tensor | None,
+        mask_ratio: Tensor | None,
+        nll_weight: Tensor | None,
+    ) -> Tensor:
+        """`token_nll`, or its weighted sum; small logits, which are kept anyway, have nothing to gain."""
+        in_one_piece = pieces_of(clean, self.architecture.vocab_size) == 1
+        if nll_weight is None or in_one_piece or not self.fused_loss or not torch.is_grad_enabled():
+            nll = self.token_nll(clean, noisy, index, z, attend, mask_ratio)
+            return (
+                nll if nll_weight is None else (nll_weight * nll.unflatten(1, (nll_weight.shape[1], -1)).sum(-1)).sum()
+            )
+        hidden = self.denoiser(noisy, z, attend, mask_ratio, clean)
+        return weighted_nll(hidden, clean, index, self.denoiser.output_matrix, nll_weight, self.compiled_loss)
 
     def logits(
         self, noisy: Tensor, z: Tensor | None, attend: Tensor | None = None, mask_ratio: Tensor | None = None

@@ -22,6 +22,7 @@ from vmd_scale.report.run import LATENT_NAMES, Run, column, newest, unit_of
 
 COLORS = ["#1f4e79", "#c0504d", "#4f8a5b", "#8064a2", "#b8860b", "#3b9ab2", "#7f7f7f", "#d17ba8", "#2f2f2f"]
 MARKERS = "osD^vP*Xh"
+EVENT_COLORS = {"skipped": "#c0504d", "spike": "#c0504d", "rolled back": "#b8860b", "checkpoint failed": "#c0504d"}
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -55,7 +56,7 @@ def plot_bound_against_steps(
     """
     if not any(runs.values()):
         raise UserError(f"{output}: no evaluation results to draw")
-    write_atomically(output, draw_png(lambda figure: _bound_panel(figure.subplots(), runs, unit, unigram_bits)))
+    write_atomically(output, draw_png(lambda figure: bound_panel(figure.subplots(), runs, unit, unigram_bits)))
     return output
 
 
@@ -85,7 +86,7 @@ def figures_of(run: Run) -> dict[str, Picture]:
         caption = f"Bits per {unit} against the number of sampling steps T; bars are standard errors."
         if config.diffusion.block_size:
             caption += f" T counts the steps of each block of {config.diffusion.block_size} tokens."
-        png = draw_png(lambda f: _bound_panel(f.subplots(), {"": bounds}, unit, run.facts.unigram_bits_per_token))
+        png = draw_png(lambda f: bound_panel(f.subplots(), {"": bounds}, unit, run.facts.unigram_bits_per_token))
         pictures["bound_against_steps"] = Picture("Bound against sampling steps", caption, png)
     if run.validation:
         png = draw_png(lambda f: _validation_panel(f.subplots(), run.validation, unit))
@@ -100,9 +101,9 @@ def figures_of(run: Run) -> dict[str, Picture]:
         caption = "The loss is what training minimises, over all T of diffusion.steps and with the KL weight of the "
         caption += "step. It is a noisy average, not a number to quote."
     curves = {"loss": "loss", "reconstruction": "reconstruction"}
-    pictures["loss"] = Picture(
-        "Loss", caption, draw_png(lambda f: _panel(f.subplots(), records, curves, "nats per token"))
-    )
+    if run.events:
+        caption += " Vertical lines are events: see below."
+    pictures["loss"] = Picture("Loss", caption, draw_png(lambda f: _loss_panel(f.subplots(), run, curves)))
     if config.latent.width:
         caption = "The KL as the objective counts it, before its weight (dashed, right axis)."
         pictures["kl"] = Picture("KL of the latent", caption, draw_png(lambda f: _kl_panel(f.subplots(), records)))
@@ -161,6 +162,12 @@ def _panel(
         _legend(axes)
 
 
+def _loss_panel(axes: Axes, run: Run, curves: Mapping[str, str]) -> None:
+    _panel(axes, run.metrics, curves, "nats per token")
+    for event in run.events:
+        axes.axvline(event["step"], color=EVENT_COLORS.get(event.get("event", ""), "#999999"), linestyle=":", lw=1)
+
+
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, color: str, zorder: float = 3) -> None:
     """A curve; of a long run the points are pale and a running mean stands out."""
     if not np.isfinite(y).any():
@@ -212,9 +219,7 @@ def _latent_panels(figure: Figure, records: Sequence[LatentUsage]) -> None:
     figure.align_ylabels([above, below])
 
 
-def _bound_panel(
-    axes: Axes, runs: Mapping[str, Sequence[Result]], unit: str, unigram_bits: float | None = None
-) -> None:
+def bound_panel(axes: Axes, runs: Mapping[str, Sequence[Result]], unit: str, unigram_bits: float | None = None) -> None:
     """Bits against T. T is on a log axis, with infinity as its last place, behind a gap."""
     finite = sorted({int(r.steps) for rs in runs.values() for r in rs if r.steps != "inf"})
     infinite = any(r.steps == "inf" for rs in runs.values() for r in rs)
@@ -258,7 +263,8 @@ def _curves(results: Sequence[Result]) -> dict[str, list[Result]]:
     ]
     curves: dict[str, list[Result]] = {}
     for r in results:
-        parts = [LATENT_NAMES.get(r.latent, r.latent), "ELBO" if r.k == 1 else f"K = {r.k}"]
+        kind = "no bound" if r.bound == "compat" else "ELBO" if r.k == 1 else f"K = {r.k}"
+        parts = [LATENT_NAMES.get(r.latent, r.latent), kind]
         parts += [f"{key} {getattr(r, key)}" if key == "step" else str(getattr(r, key)) for key in told]
         curves.setdefault(", ".join(parts), []).append(r)
     return curves
@@ -275,6 +281,16 @@ def _validation_panel(axes: Axes, results: Sequence[Result], unit: str) -> None:
         x, y = [r.step for r in rs], [r.bits_per_token for r in rs]
         axes.errorbar(x, y, errors, markersize=3.5, capsize=2, label=name, **style)
     axes.set(xlabel="step", ylabel=f"bits per {unit} (upper bound)")
+    _step_axis(axes)
+    _legend(axes)
+
+
+def finish_axes(axes: Axes, from_zero: bool = False, large: bool = False) -> None:
+    """Of curves against the step, with a label each; `large` numbers are written as 20k."""
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if large:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _step_axis(axes)
     _legend(axes)
 

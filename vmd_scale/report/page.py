@@ -1,4 +1,4 @@
-"""One HTML page about a run: what it is, how it trained, which bounds it reached, what it writes.
+"""One HTML page about a run, or several: what it is, how it trained, which bounds it reached, what it writes.
 
 The page holds its pictures itself (PNG, so that its size does not grow with the length of the run).
 """
@@ -13,8 +13,21 @@ from pathlib import Path
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import write_atomically
+from vmd_scale.report.comparison import comparison_figures, differing_settings
+from vmd_scale.report.events import events_section
 from vmd_scale.report.figures import Picture, figures_of
-from vmd_scale.report.run import CONFIG, FINAL, LATENT_NAMES, SAMPLES, Run, column, newest, read_run, unit_of
+from vmd_scale.report.run import (
+    CONFIG,
+    FINAL,
+    LATENT_NAMES,
+    SAMPLES,
+    Run,
+    column,
+    distinctly_named,
+    newest,
+    read_run,
+    unit_of,
+)
 from vmd_scale.training.telemetry import LOG, METRICS
 
 BOUND_NOTE = (
@@ -37,59 +50,95 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 .figures figure:first-child:last-child { max-width: 40rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #555; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 thead th { font-weight: 600; white-space: nowrap; } tbody th { font-weight: 400; color: #555; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sample, pre { font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; background: #f6f6f4;
                padding: .5rem .7rem; margin: .4rem 0; }
 .note { border-left: 3px solid #1f4e79; padding-left: .8rem; } summary { cursor: pointer; }
+.run { border-top: 3px solid #e6e6e6; margin-top: 2rem; padding-top: .6rem; } .run > summary { font-size: 1.2rem; }
 """
 
 
-def write_report(run: Path, output: Path | None = None, png: Path | None = None) -> Path:
-    """Write the page of a run folder, by default as RUN/report.html, and return where it is.
+def write_report(
+    runs: Path | Sequence[Path], output: Path | None = None, png: Path | None = None, refresh: int | None = None
+) -> Path:
+    """Write the page of one run folder or of several, by default as report.html in the first, and return where it is.
 
     Args:
-        run: what launchers/pretrain.py wrote with --output; the run may still be going on.
+        runs: what launchers/pretrain.py wrote with --output; they may still be going on.
         output: the HTML file.
         png: a folder; every picture is written there as well.
+        refresh: seconds after which a browser loads the page again.
 
     Raises:
         UserError: not a run folder, or a file in it that is not what it should be.
     """
-    output = output or run / "report.html"
+    folders = [runs] if isinstance(runs, Path) else list(runs)
+    output = output or folders[0] / "report.html"
     for path, wrong in ((output, output.is_dir()), (png, png is not None and png.is_file())):
         if wrong:
             raise UserError(f"{path}: is a {'folder' if path == output else 'file'}; give another name")
-    found = read_run(run)
-    figures = figures_of(found)
-    for name, figure in figures.items():
-        if png is not None:
-            write_atomically(png / f"{name}.png", figure.png)
+    found = distinctly_named([read_run(folder) for folder in folders], folders)
+    figures = [figures_of(run) for run in found]
+    together = comparison_figures(found) if len(found) > 1 else {}
+    if png is not None:
+        for run, pictures in zip(found, figures, strict=True):
+            _write_pictures(png if len(found) == 1 else png / run.name, pictures)
+        _write_pictures(png, together)
     # "replace": a sample may hold half a surrogate pair, which no file can
-    write_atomically(output, _page(found, figures).encode("utf-8", "replace"))
+    write_atomically(output, _page(found, figures, together, refresh).encode("utf-8", "replace"))
     return output
 
 
-def _page(run: Run, figures: Mapping[str, Picture]) -> str:
-    title = html.escape(run.name)
-    training = [name for name in figures if name != "bound_against_steps"]
-    sections = [
-        f"<h1>{title}</h1>{_state(run)}",
-        f"<h2>The run</h2>{_settings(run)}",
-        f"<h2>Bounds</h2>{_bounds(run, figures)}",
-        f"<h2>Training</h2>{_grid(figures, training) if training else '<p>Nothing is logged yet.</p>'}",
-        f"<h2>Samples</h2>{_samples(run)}",
-        f"<h2>Files</h2>{_folded(f'Last lines of {LOG}', run.log) if run.log else ''}",
-        _folded(f"The whole configuration ({CONFIG})", run.config.to_json()),
-    ]
+def _write_pictures(folder: Path, pictures: Mapping[str, Picture]) -> None:
+    for name, picture in pictures.items():
+        write_atomically(folder / f"{name}.png", picture.png)
+
+
+def _page(
+    runs: Sequence[Run], figures: Sequence[Mapping[str, Picture]], together: Mapping[str, Picture], refresh: int | None
+) -> str:
+    title = html.escape(" and ".join(run.name for run in runs))
+    parts = []
+    if len(runs) > 1:
+        states = "".join(f"<h3>{html.escape(run.label)}</h3>{_state(run)}" for run in runs)
+        parts = [
+            f"<h1>{len(runs)} runs side by side</h1>{states}",
+            f"<h2>Where they differ</h2>{differing_settings(runs)}",
+            f"<h2>Together</h2>{_grid(together, list(together))}",
+        ]
+    for run, pictures in zip(runs, figures, strict=True):
+        sections = _sections(run, pictures)
+        if len(runs) > 1:
+            name = html.escape(run.label)
+            sections = f'<details class="run"><summary>{name} alone</summary>{sections}</details>'
+        parts.append(sections)
+    again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
+        f"{again}<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
         + "\n</body>\n</html>\n"
+    )
+
+
+def _sections(run: Run, figures: Mapping[str, Picture]) -> str:
+    training = [name for name in figures if name != "bound_against_steps"]
+    return "\n".join(
+        (
+            f"<h1>{html.escape(run.name)}</h1>{_state(run)}",
+            f"<h2>The run</h2>{_settings(run)}",
+            f"<h2>Bounds</h2>{_bounds(run, figures)}",
+            f"<h2>Training</h2>{_grid(figures, training) if training else '<p>Nothing is logged yet.</p>'}",
+            f"<h2>Events</h2>{events_section(run)}",
+            f"<h2>Samples</h2>{_samples(run)}",
+            f"<h2>Files</h2>{_folded(f'Last lines of {LOG}', run.log) if run.log else ''}",
+            _folded(f"The whole configuration ({CONFIG})", run.config.to_json()),
+        )
     )
 
 
@@ -100,6 +149,8 @@ def _state(run: Run) -> str:
         return f"<p>Nothing is logged yet: {METRICS} is empty or not there. {now}</p>"
     last, steps = run.metrics[-1], run.config.training.steps
     state = "finished" if last["step"] >= steps else "not finished: still going on, or stopped"
+    if run.status is not None and run.status.state != "finished":
+        state = run.status.state + (f": {html.escape(run.status.reason)}" if run.status.reason else "")
     tokens, loss, skipped = (column([last], key)[0] for key in ("tokens", "loss", "skipped_steps"))
     text = f"Step {last['step']:,} of {steps:,} ({state}); {_number(tokens, ',.0f')} tokens seen; "
     text += f"last logged loss {_number(loss, '.4f')} nats per token."

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from vmd_scale.errors import UserError
 from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import checked, read_json
-from vmd_scale.training.telemetry import EVALUATIONS, LATENT, LOG, METRICS
+from vmd_scale.training.status import Status, read_status
+from vmd_scale.training.telemetry import EVALUATIONS, EVENTS, LATENT, LOG, METRICS
+from vmd_scale.training.telemetry import SAMPLES as DRAWN
 
 CONFIG, FINAL, SAMPLES, FACTS = "config.json", "evaluation.json", "samples.json", "facts.json"
 LOG_LINES = 40
@@ -58,6 +60,13 @@ class Run:
     samples: list[SampleSet]
     facts: Facts = field(default_factory=Facts)
     log: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    status: Status | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and that it is the baseline where it is one."""
+        return self.name if self.config.latent.width else f"{self.name} (MDM)"
 
 
 def read_run(folder: Path) -> Run:
@@ -82,10 +91,26 @@ def read_run(folder: Path) -> Run:
         validation=validation,
         latent=[checked(LatentUsage, r, str(folder / LATENT)) for r in _read_lines(folder / LATENT)],
         final=final,
-        samples=_optional(folder / SAMPLES, list[SampleSet], []),
+        samples=_optional(folder / SAMPLES, list[SampleSet], []) or _of_training(folder / DRAWN),
         facts=_optional(folder / FACTS, Facts, Facts()),
         log="\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]) if log.is_file() else "",
+        events=_read_lines(folder / EVENTS),
+        status=read_status(folder),
     )
+
+
+def distinctly_named(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
+    """Runs of the same folder name get the name of the folder above in front."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{folder.resolve().parent.name}/{run.name}") if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
+def _of_training(path: Path) -> list[SampleSet]:
+    """What the newest evaluation drew."""
+    return [checked(SampleSet, record, str(path)) for record in _read_lines(path)[-1:]]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -125,7 +150,9 @@ def unit_of(config: Config) -> str:
     """What a token of this run is called."""
     tokenizer = config.data.tokenizer
     return (
-        "character" if tokenizer in ("text8", "sudoku") or (Path(tokenizer) / "characters.json").is_file() else "token"
+        "character"
+        if tokenizer in ("text8", "text8_mdlm", "sudoku") or (Path(tokenizer) / "characters.json").is_file()
+        else "token"
     )
 
 

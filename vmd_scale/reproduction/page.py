@@ -9,7 +9,8 @@ import numpy as np
 
 from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
-from vmd_scale.planning import plan
+from vmd_scale.planning.memory import count_parameters, without_memory
+from vmd_scale.planning.workload import flops_of
 from vmd_scale.provenance import command, hardware, today
 from vmd_scale.reproduction.runs import Job
 from vmd_scale.reproduction.task import Measurement, Row, Task
@@ -115,9 +116,10 @@ def cost_table(jobs: Sequence[Job]) -> str:
         if key in seen:
             continue
         seen.add(key)
-        cost = plan(config, build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 1, "fp32")
-        steps, batch = config.training.steps, config.training.global_batch
-        flops = cost.flops_per_token * config.data.row_length * batch * steps
-        cells = (f"{cost.denoiser_parameters:,}", f"{cost.encoder_parameters:,}", f"{steps:,}", f"{flops:.2e}")
+        architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
+        model, steps, batch = without_memory(architecture), config.training.steps, config.training.global_batch
+        flops = flops_of(config, architecture).total * config.data.row_length * batch * steps
+        denoiser, others = count_parameters(model.denoiser), count_parameters(model) - count_parameters(model.denoiser)
+        cells = (f"{denoiser:,}", f"{others:,}", f"{steps:,}", f"{flops:.2e}")
         lines.append(f"| {job.method} | {config.groups} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

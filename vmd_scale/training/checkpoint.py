@@ -30,6 +30,8 @@ from vmd_scale.training.zero import ShardedMaster
 
 log = logging.getLogger(__name__)
 STAGING = ".staging-"
+# Keys of data that say where and how, not what.
+MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
 
 
 class Checkpointer:
@@ -74,10 +76,13 @@ class Checkpointer:
             for kind, values in (("weights", sources), ("optimizer", optimizer))
             if fragments
         }
+        if share := self.master.frozen_share:
+            frozen = copy_to_host(share, {"frozen": self.master.frozen}, self._buffers["weights"])
+            contents.setdefault(f"weights-{of_rank}", {}).update(frozen)
         updates = self.master.optimizer_updates()
         run_state = {**state, "step": step, "optimizer_state": sorted(optimizer), "optimizer_updates": updates}
         self._writer = _Writer(
-            staging, step, contents, shapes_of(fragments), run_state if self.world.is_main else None, bound
+            staging, step, contents, shapes_of([*fragments, *share]), run_state if self.world.is_main else None, bound
         )
         self._writer.start()
 
@@ -198,6 +203,8 @@ class Checkpointer:
             targets["ema"] = self.ema.partitions
             self.ema.updates = state["ema_updates"]
         load_fragments(weights, fragments, targets, self.world)
+        if self.world.any(bool(self.master.frozen_fragments))[0]:
+            load_fragments(weights, self.master.frozen_fragments, {"frozen": self.master.frozen}, self.world)
         optimizer = self.master.start_optimizer_state(state["optimizer_state"], state["optimizer_updates"])
         load_fragments(moments, fragments, optimizer, self.world)
         self.master.publish()
@@ -284,10 +291,14 @@ def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
         )
     saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
     ours = config.model_dump(mode="json")
-    fixed = [("data", k) for k in ours["data"] if k not in ("shards", "workers", "source", "shard_tokens")]
+    for values in (saved, ours):
+        values["data"]["mixture"] = [
+            {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
+        ]
+    fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
     fixed += [("model", k) for k in ours["model"] if k != "attention"]
     fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
-    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay")]
+    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay", "trainable", "lora")]
     for section, key in fixed:
         before = saved[section][key]
         if before != ours[section][key]:

@@ -10,6 +10,8 @@ import torch
 from vmd_scale.config import Config
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
+from vmd_scale.planning.memory import BUCKET
+from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
 
@@ -132,16 +134,23 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     model.to(world.device)
-    stacks = [stack for stack in (model.denoiser, model.encoder, model.prior_network) if stack is not None]
-    for stack in stacks:
-        stack.blocks.recompute = config.training.activation_checkpointing == "full"
-        if config.training.compile and world.device.type == "cuda":
-            for block in stack.blocks:
+    model.fused_loss = config.zero_stage < 3
+    model.checkpoint_activations(config.training.activation_checkpointing)
+    if config.training.fp8:
+        convert_to_fp8(model)
+    if config.training.compile and world.device.type == "cuda":
+        model.compiled_loss = True
+        for stack in model.stacks:
+            for block in stack:
                 block.compile(dynamic=False)
+    settings = deepspeed_config(config, world.size, precision)
+    if config.zero_stage in (1, 2):  # DeepSpeed allocates a whole bucket, 1 GB in bf16 by default
+        parameters = sum(p.numel() for p in model.parameters())
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.training, world.device),
-        config=deepspeed_config(config, world.size, precision),
+        config=settings,
         dist_init_required=False,
     )
     return engine

@@ -1,7 +1,8 @@
 """Each rank's fragments of the weights and of the optimizer's state, as safetensors files that any other run can read.
 
 A tensor of a file is named KIND/PARAMETER/FIRST: the elements FIRST, FIRST + 1, ... of a parameter, flattened. KIND is
-`master` and `ema` in the files weights-*, and the optimizer's own names (exp_avg, exp_avg_sq) in optimizer-*.
+`master`, `ema` and `frozen` (what is not trained) in the files weights-*, and the optimizer's own names (exp_avg,
+exp_avg_sq) in optimizer-*.
 """
 
 import json
@@ -61,7 +62,7 @@ def load_fragments(files: Sequence[Path], fragments: Sequence[Fragment], targets
     """
     wanted = {(kind, f.name, f.start): f.size for kind in targets for f in fragments}
     own = _headers(files[world.rank :][:1]) if len(files) == world.size else []
-    (elastic,) = world.any({tuple(record[:3]): record[3] for record in own} != wanted)
+    (elastic,) = world.any({record[:3]: record[3] for record in own if record[0] in targets} != wanted)
     index = _index(_of_all_ranks(files, world) if elastic else own)
     problem: str | None = None
     with ExitStack() as stack:

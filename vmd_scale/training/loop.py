@@ -11,15 +11,21 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
+from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
-from vmd_scale.data.order import SampleOrder
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.mixture import training_rows
+from vmd_scale.data.shards import ShardReader, shard_cache
+from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import TrainingInputs
+from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
-from vmd_scale.planning import denoiser_passes, masked_share, peak_flops, training_flops_per_token
+from vmd_scale.initial_weights import initialize_from
+from vmd_scale.model.attention import kernel_name
+from vmd_scale.planning.hardware import peak_flops
+from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer, check_same_run
 from vmd_scale.training.ema import ShardedEMA
@@ -41,17 +47,19 @@ class Trainer:
 
     def __init__(self, config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> None:
         self.config, self.run_folder, self.world = config, run_folder, world
-        self.fingerprint = tokenizer.fingerprint
+        self.tokenizer, self.fingerprint = tokenizer, tokenizer.fingerprint
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
+        if training.init_from is not None and not world.any(bool(whole_checkpoints(run_folder / "checkpoints")))[0]:
+            initialize_from(model, training.init_from, tokenizer.fingerprint)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.objective = build_objective(config, tokenizer.vocab_size)
+        log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
-        self.reader = ShardReader(config.data.shards, "train")
-        self.order = SampleOrder(self.reader.rows, training.seed)
+        self.reader, self.order = training_rows(config.data, training.seed)
         self.loader = TrainLoader(
             self.reader,
             self.order,
@@ -72,7 +80,7 @@ class Trainer:
         self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
         self.rollbacks, self.stopped = 0, False
         a = build_architecture(config, tokenizer.vocab_size)
-        self.flops_per_token = training_flops_per_token(a, masked_share(config), denoiser_passes(config))
+        self.flops_per_token = flops_of(config, a).total
         self.peak_flops = peak_flops(world.device)
 
     def resume(self) -> int:
@@ -306,7 +314,7 @@ class Trainer:
         """
         evaluation = self.config.evaluation
         self.engine.eval()
-        reader = ShardReader(self.config.data.shards, "validation")
+        reader = ShardReader(self.config.data.shards, "validation", cache=shard_cache(self.config.data))
         weights = "raw" if self.ema is None else "ema"
         results = []
         with nullcontext() if self.ema is None else self.ema.applied():
@@ -325,6 +333,8 @@ class Trainer:
                 objective, micro_batch = self.config.diffusion.objective, self.config.training.micro_batch
                 used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
                 telemetry.latent(used.to_dict())
+            if evaluation.samples:
+                telemetry.samples(self._draw_samples(done))
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
@@ -332,6 +342,15 @@ class Trainer:
         self.engine.train()
         self.watchdog.progress()
         return best.nats_per_token
+
+    def _draw_samples(self, done: int) -> dict[str, Any]:
+        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token)."""
+        steps = max((T for T in step_values(self.config.evaluation.steps) if math.inf > T), default=math.inf)
+        sampler = Sampler(steps, law=self.config.diffusion.paths)
+        rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
+        texts = [self.tokenizer.decode(row) for row in rows.tolist()]
+        shown = "inf" if math.isinf(steps) else int(steps)
+        return {"step": done, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
 
     def _save(self, done: int, bound: float) -> None:
         state = {

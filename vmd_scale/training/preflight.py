@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import MANIFEST
+from vmd_scale.data.remote import is_remote, read_remote
 from vmd_scale.errors import UserError
 from vmd_scale.training.launch import World
 
@@ -49,14 +50,13 @@ def facts(config: Config) -> dict[str, str]:
     package = Path(__file__).resolve().parents[1]
     for path in sorted(package.rglob("*.py")):
         code.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    manifest = Path(config.data.shards) / MANIFEST
+    manifests = {f"the manifest in {data.shards}": data.shards for data in config.data.corpora()}
     return {
         "the configuration": _digest(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()),
         "the code of vmd_scale": code.hexdigest()[:12],
         "the version of torch": torch.__version__,
         "the version of deepspeed": deepspeed.__version__,
-        f"the manifest in {config.data.shards}": _digest_of_file(manifest),
-    }
+    } | {name: _digest_of_manifest(shards) for name, shards in manifests.items()}
 
 
 def check_disk(folder: Path, parameters: int, keep: int, with_ema: bool) -> None:
@@ -77,9 +77,11 @@ def check_disk(folder: Path, parameters: int, keep: int, with_ema: bool) -> None
         )
 
 
-def _digest_of_file(path: Path) -> str:
+def _digest_of_manifest(shards: str) -> str:
     try:
-        return _digest(path.read_bytes())
+        if is_remote(shards):
+            return _digest(read_remote(f"{shards.rstrip('/')}/{MANIFEST}") or b"")
+        return _digest((Path(shards) / MANIFEST).read_bytes())
     except OSError as error:  # on one node only, perhaps: then it is this that differs
         return f"unreadable ({error.strerror})"
 

@@ -11,19 +11,21 @@ import torch.distributed as dist
 
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
-from vmd_scale.data.prepare import prepare
+from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.data.verification import remember, verify_share
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import write_atomically
 from vmd_scale.model.attention import flash_available
-from vmd_scale.tokenization import Tokenizer
+from vmd_scale.tokenization import Tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
-from vmd_scale.training.launch import World, world_size_from_environment
+from vmd_scale.training.fp8 import check_fp8
+from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks
+from vmd_scale.training.telemetry import start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
     deepspeed_config(config, world_size or world_size_from_environment(), resolve_precision(config, device))
     if config.model.attention == "flash" and not flash_available():
         raise UserError("model.attention 'flash' needs a GPU and flash-attn (pip install flash-attn); or use 'auto'")
+    if config.training.fp8:
+        check_fp8(resolve_precision(config, device))
     for protocol in config.evaluation.protocols:
         get_protocol(protocol)
 
@@ -53,11 +57,13 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
 
     Raises:
         UserError: on every rank, what is wrong with the data.
+        RunFailed: on every rank, the preparation broke off.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
-    _on_main(world, lambda: prepare(config.data), group)
+    _on_main(world, lambda: prepare_all(config.data), group)
     check_ranks(config, world)
-    check_compatible(read_manifest(config.data.shards), config.data, tokenizer)
+    for data in config.data.corpora():
+        check_compatible(read_manifest(data.shards), data, tokenizer)
     _verify_together(config, world, group)
     dist.destroy_process_group(group)
 
@@ -71,14 +77,35 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
             get_protocol(protocol).check(manifest)
         if ShardReader(config.data.shards, "validation", manifest).rows < 2:
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
-    problem, mine = verify_share(config.data.shards, splits, world.rank, world.size)
-    problem = world.first_problem(problem, group)
-    if problem is not None:
-        raise UserError(problem)
-    good: list[Any] = [None] * world.size
-    dist.all_gather_object(good, mine, group=group)
-    if world.is_main:
-        remember(config.data.shards, good)
+    for data in config.data.corpora():
+        problem, mine = verify_share(data.shards, splits, world.rank, world.size)
+        problem = world.first_problem(problem, group)
+        if problem is not None:
+            raise UserError(problem)
+        good: list[Any] = [None] * world.size
+        dist.all_gather_object(good, mine, group=group)
+        if world.is_main:
+            remember(data.shards, good)
+        splits = ["train"]  # of those of a mixture
+
+
+def start(config: Config, run_folder: Path) -> int:
+    """All of a run, on this rank: checks, joining the others, shards, training. Returns the exit code.
+
+    Raises:
+        UserError, RunFailed: see `check_before_start`, `prepare_together` and `pretrain`.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    check_before_start(config)
+    hang = config.training.hang_timeout
+    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
+    try:
+        prepare_together(config, world, tokenizer)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        start_logging(run_folder, world.rank)
+        return pretrain(config, run_folder, world, tokenizer)
+    finally:
+        leave_world()
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
@@ -111,13 +138,19 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
 
 
 def _on_main(world: World, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
-    """Do something on rank 0 that may end in a `UserError`; then it does on all. See `World.first_problem`."""
-    problem: str | None = None
+    """Do something on rank 0; where it fails, all ranks raise its error.
+
+    Args:
+        group: of all ranks, with a timeout of its own; None is `World.host_group`.
+    """
+    problem: list[UserError | RunFailed | None] = [None]
     if world.is_main:
         try:
             do()
-        except (UserError, OSError) as error:
-            problem = str(error)
-    problem = world.first_problem(problem, group)
-    if problem is not None:
-        raise UserError(problem)
+        except (UserError, RunFailed) as error:
+            problem = [error]
+        except OSError as error:
+            problem = [UserError(str(error))]
+    dist.broadcast_object_list(problem, src=0, group=group or world.host_group)
+    if problem[0] is not None:
+        raise problem[0]

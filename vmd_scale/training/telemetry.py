@@ -1,6 +1,5 @@
 """What a run says of itself: metrics.jsonl always, a log file, a progress bar, and wandb when asked."""
 
-import hashlib
 import json
 import logging
 import os
@@ -16,8 +15,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vmd_scale.config import Config
 from vmd_scale.files import write_atomically
+from vmd_scale.training.wandb_log import WandbLog
 
 METRICS, EVALUATIONS, LATENT, EVENTS = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "events.jsonl"
+SAMPLES = "samples.jsonl"
 LOG = "log.txt"
 log = logging.getLogger(__name__)
 
@@ -40,19 +41,23 @@ class Telemetry:
     """Rank 0's record of the run. On other ranks, every method does nothing."""
 
     def __init__(self, run_folder: Path, config: Config, is_main: bool, first_step: int) -> None:
-        self._folder, self._is_main = run_folder, is_main
+        self._folder, self._is_main, self._has_latent = run_folder, is_main, config.latent.width > 0
         self._bar: tqdm | None = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
         if not is_main:
             return
         self.went_back_to(first_step)
         self._bar = tqdm(
-            total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=1.0
+            total=config.training.steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+            bar_format="{percentage:3.0f}% step {n:,}/{total:,} [{elapsed}, {remaining} left]{postfix}",
         )
         self._redirect = logging_redirect_tqdm(loggers=[logging.getLogger("vmd_scale")])
         self._redirect.__enter__()
-        if config.telemetry.wandb != "disabled":
-            self._wandb = _start_wandb(run_folder, config)
+        self._wandb = WandbLog.start(run_folder, config)
 
     def step(self) -> None:
         if self._bar is not None:
@@ -64,10 +69,11 @@ class Telemetry:
             return
         self._append(METRICS, record)
         if self._wandb is not None:
-            self._wandb.log(dict(record), step=record["step"])
+            self._wandb.metrics(record)
         if self._bar is not None:
+            kl = f", KL {record['kl']:.4f}" if self._has_latent else ""
             self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, KL {record['kl']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+                f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {record['mfu']:.0%}"
             )
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -75,16 +81,21 @@ class Telemetry:
         if self._is_main:
             self._append(EVALUATIONS, record)
             if self._wandb is not None:
-                name = f"{record['protocol']}/bits_per_token, T = {record['steps']}"
-                self._wandb.log({name: record["bits_per_token"]}, step=record["step"])
+                self._wandb.evaluation(record)
 
     def latent(self, record: Mapping[str, Any]) -> None:
         """How much the latent is used, in ``latent.jsonl``: one object an evaluation."""
         if self._is_main:
             self._append(LATENT, record)
             if self._wandb is not None:
-                by_ratio = {f"latent/kl, mask ratio {r}": kl for r, kl in record["kl_by_mask_ratio"].items()}
-                self._wandb.log(by_ratio | {"latent/active_units": record["active_units"]}, step=record["step"])
+                self._wandb.latent(record)
+
+    def samples(self, record: Mapping[str, Any]) -> None:
+        """What an evaluation drew, in ``samples.jsonl``: one object an evaluation."""
+        if self._is_main:
+            self._append(SAMPLES, record)
+            if self._wandb is not None:
+                self._wandb.samples(record["step"], record["steps"], record["texts"])
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Something that a curve does not show (resumed, skipped, rolled back, ...), in ``events.jsonl``."""
@@ -94,7 +105,7 @@ class Telemetry:
     def went_back_to(self, step: int) -> None:
         """What was recorded after `step` is forgotten: these steps are made again."""
         if self._is_main:
-            for name in (METRICS, EVALUATIONS, LATENT):
+            for name in (METRICS, EVALUATIONS, LATENT, SAMPLES):
                 drop_records_after(self._folder / name, step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -104,7 +115,7 @@ class Telemetry:
             self._redirect.__exit__(None, None, None)
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close(failed=sys.exc_info()[0] is not None)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self._folder / name
@@ -131,23 +142,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # a line that a kill tore
         return float("inf")
-
-
-def _start_wandb(run_folder: Path, config: Config) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        log.warning("telemetry.wandb is %r, but wandb is not installed; going on without", config.telemetry.wandb)
-        return None
-    return wandb.init(
-        project=config.telemetry.wandb_project,
-        dir=str(run_folder),
-        mode=config.telemetry.wandb,
-        name=run_folder.name,
-        id=hashlib.sha256(str(run_folder.resolve()).encode()).hexdigest()[:16],  # a resumed run is the same curve
-        resume="allow",
-        config=config.model_dump(mode="json"),
-    )
 
 
 class Stopwatch:

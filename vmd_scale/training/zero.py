@@ -4,6 +4,7 @@ Written against DeepSpeed 0.19. Every private attribute is read through `_get`, 
 another version has moved it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,9 @@ class ShardedMaster:
         fragments: what each stretch of them belongs to. Over all ranks, they cover each parameter exactly once; in
             stage 0 every rank holds, and lists, everything.
         is_replicated: stage 0.
+        frozen: flat tensors of the parameters that are not trained, in the precision of the forward pass: whole ones,
+            or in stage 3 this rank's part.
+        frozen_fragments: what they belong to; `frozen_share` are those that this rank writes into a checkpoint.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -41,8 +45,13 @@ class ShardedMaster:
         self._norm: Tensor | None = None
         self._names = {id(p): name for name, p in engine.module.named_parameters()}
         self.is_replicated = self._stage == 0
+        self._trained = [p for p in engine.module.parameters() if p.requires_grad]
+        self.frozen: list[Tensor] = []
+        self.frozen_fragments = list(self._frozen())
+        dealt = self.frozen_fragments[engine.global_rank :: engine.world_size]
+        self.frozen_share = self.frozen_fragments if self._stage == 3 else dealt
         if self._stage == 0:
-            self.partitions = [p.data.view(-1) for p in engine.module.parameters()]
+            self.partitions = [p.data.view(-1) for p in self._trained]
             self.fragments = list(self._replicated())
             self._guard(self._optimizer)
         elif self._stage == 3:
@@ -98,7 +107,7 @@ class ShardedMaster:
 
     def _owners(self) -> list[Tensor]:
         """What the optimizer's state is keyed by."""
-        return list(self._engine.module.parameters()) if self._stage == 0 else list(self.partitions)
+        return self._trained if self._stage == 0 else list(self.partitions)
 
     def before_step(self) -> None:
         """Call before ``engine.step()``: stage 0 keeps no gradient norm, and would apply one that is not finite.
@@ -106,7 +115,7 @@ class ShardedMaster:
         There a step that will be skipped is counted here, as DeepSpeed counts it in the other stages.
         """
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._trained if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
             self._engine.skipped_steps += not self._is_finite()
 
@@ -128,8 +137,21 @@ class ShardedMaster:
         return None if norm is None else float(norm)
 
     def _replicated(self) -> Iterator[Fragment]:
-        for number, (name, p) in enumerate(self._engine.module.named_parameters()):
-            yield Fragment(name, tuple(p.shape), 0, p.numel(), number, 0)
+        for number, p in enumerate(self._trained):
+            yield Fragment(self._names[id(p)], tuple(p.shape), 0, p.numel(), number, 0)
+
+    def _frozen(self) -> Iterator[Fragment]:
+        for name, p in self._engine.module.named_parameters():
+            if p.requires_grad:
+                continue
+            part, shape, start = p.data, tuple(p.shape), 0
+            if self._stage == 3:
+                part, shape = _get(p, "ds_tensor"), tuple(p.ds_shape)
+                start = self._engine.global_rank * part.ds_numel
+            size = min(part.numel(), math.prod(shape) - start)  # the last rank's partition is padded
+            if size > 0:
+                yield Fragment(name, shape, start, size, len(self.frozen), 0)
+                self.frozen.append(part.data.view(-1))
 
     def _stage12(self) -> Iterator[Fragment]:
         groups = _get(self._optimizer, "bf16_groups" if self._bf16 else "bit16_groups")
@@ -144,7 +166,7 @@ class ShardedMaster:
     def _stage3(self) -> Iterator[Fragment]:
         positions = _get(self._optimizer, "grad_position")
         rank = self._engine.global_rank
-        for p in self._engine.module.parameters():
+        for p in self._trained:
             number, offset, size = positions[_get(self._optimizer, "get_param_id")(p)]
             start = rank * _get(p, "ds_tensor").ds_numel
             size = min(size, p.ds_numel - start)  # the last rank's partition is padded

@@ -9,12 +9,14 @@ from vmd_scale.data.corpora import (  # noqa: F401  they register themselves
     four_tokens,
     lm1b,
     mnist,
+    prompts,
     python_docs,
     sudoku,
     text,
     text8,
     toy2d,
     two_tokens,
+    zero_shot,
 )
 from vmd_scale.data.corpora.registry import CORPORA, SPLITS, Corpus, Document, corpus, find_corpus
 from vmd_scale.data.normalize import NORMALIZERS
@@ -63,5 +65,7 @@ def documents(config: DataConfig, split: str) -> Iterator[Document]:
     for document in raw_documents(config, split):
         if document.tokens is not None:
             yield document
+        elif document.prompt is not None:
+            yield replace(document, prompt=normalize(document.prompt), text=normalize(document.text))
         elif text := normalize(document.text):
             yield replace(document, text=text)

@@ -5,7 +5,7 @@ import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -65,12 +65,12 @@ def lines(path: Path) -> Iterator[str]:
             offset += len(raw)
 
 
-def records(path: Path) -> Iterator[str]:
-    """Texts of a file: lines of .txt, the "text" of each line of .jsonl or of each row of .parquet."""
+def records(path: Path, column: str = "text") -> Iterator[str]:
+    """Texts of a file: lines of .txt, the `column` of each line of .jsonl or of each row of .parquet."""
     kind = content_suffix(path)
     if kind == ".parquet":
-        return _parquet_texts(path)
-    return _json_texts(path) if kind in (".jsonl", ".json") else lines(path)
+        return _parquet_texts(path, column)
+    return _json_texts(path, column) if kind in (".jsonl", ".json") else lines(path)
 
 
 def content_suffix(path: Path) -> str:
@@ -78,20 +78,26 @@ def content_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def files_of(path: Path) -> list[Path]:
-    """The file itself, or the text files of a folder, by name. `UserError` when there is none."""
+def files_of(path: Path, also: Sequence[str] = ()) -> list[Path]:
+    """The file itself, or the text files of a folder, by name. `UserError` when there is none.
+
+    Args:
+        also: further suffixes of text files.
+    """
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        found = [p for p in inside if content_suffix(p) in RECORD_SUFFIXES]
+        found = [p for p in inside if content_suffix(p) in (*RECORD_SUFFIXES, *also)]
         if not found:
-            raise UserError(f"data.source: no .txt, .jsonl or .parquet files (also .xz, .gz) in {path}")
+            raise UserError(
+                f"data.source: no {', '.join((*also, '.txt', '.jsonl'))} or .parquet files (also .xz, .gz) in {path}"
+            )
         return found
     if not path.exists():
         raise UserError(f"data.source: no such file: {path}")
     return [path]
 
 
-def _json_texts(path: Path) -> Iterator[str]:
+def _json_texts(path: Path, column: str) -> Iterator[str]:
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
@@ -99,21 +105,23 @@ def _json_texts(path: Path) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
-        text = record.get("text") if isinstance(record, dict) else None
+        text = record.get(column) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: expected an object with a string "text"')
+            raise UserError(f'{path}, line {number}: expected an object with a string "{column}" (data.text_column)')
         yield text
 
 
-def _parquet_texts(path: Path) -> Iterator[str]:
+def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise UserError(f'{path}: no column "text"; columns: {", ".join(file.schema_arrow.names)}')
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+            if column not in file.schema_arrow.names:
+                raise UserError(
+                    f'{path}: no column "{column}"; columns: {", ".join(file.schema_arrow.names)} (data.text_column)'
+                )
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from None

@@ -1,6 +1,7 @@
 """The registry of named corpora, and what a corpus hands out: documents.
 
-A new corpus is one generator with a decorator in a file of this folder, imported by ``__init__``:
+A new corpus is one generator with a decorator, in a file of this folder that ``__init__`` imports, or in a module of
+the user's own: ``"corpus": "my_module:haiku"``.
 
     @corpus("haiku", normalizer="none", licence="public domain")
     def haiku(config: DataConfig, split: str) -> Iterator[Document]:
@@ -10,6 +11,9 @@ A new corpus is one generator with a decorator in a file of this folder, importe
 """
 
 import difflib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +29,9 @@ SPLITS = ("train", "validation", "test")
 class Document:
     """Text, or ready tokens (int64 [n]) of which some are `given` (bool [n]): those are a row by themselves.
 
+    With a `prompt`, `text` is the response to it: a row of its own, whose prompt is given. Of a response that is one of
+    `choices`, only as many positions are counted as the longest of them has; else the row is filled to its end.
+
     `last` is false for a piece of a document whose next piece follows: a text too long to be handled at once.
     """
 
@@ -32,6 +39,8 @@ class Document:
     tokens: np.ndarray | None = None
     given: np.ndarray | None = None
     last: bool = True
+    prompt: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 DocumentSource = Callable[[DataConfig, str], Iterator[Document]]
@@ -80,12 +89,28 @@ def corpus(
 
 
 def find_corpus(config: DataConfig) -> Corpus:
-    """The corpus of data.corpus; `UserError` for an unknown name."""
-    if config.corpus not in CORPORA:
-        nearest = difflib.get_close_matches(config.corpus, CORPORA, n=1)
+    """The corpus of data.corpus: one of ours, or MODULE:NAME, registered by a module in reach of Python or here.
+
+    Raises:
+        UserError: an unknown name, or a module that cannot be imported or does not register it.
+    """
+    module, colon, name = config.corpus.rpartition(":")
+    if colon:
+        _import(module, config)
+    if name not in CORPORA:
+        nearest = difflib.get_close_matches(name, CORPORA, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise UserError(f"data.corpus {config.corpus!r} is unknown; known: {', '.join(sorted(CORPORA))}{hint}")
-    return CORPORA[config.corpus]
+    return CORPORA[name]
+
+
+def _import(module: str, config: DataConfig) -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever is wrong with the user's module
+        raise UserError(f"data.corpus {config.corpus!r}: {module} cannot be imported: {error!r}") from error
 
 
 def in_twentieth(number: int, split: str) -> bool:

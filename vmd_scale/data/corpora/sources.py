@@ -59,39 +59,43 @@ def text_splits(config: DataConfig) -> tuple[str, ...]:
     return mapped_splits(config, ("train", "validation") if config.validation_documents else SPLITS)
 
 
-def split_records(config: DataConfig, split: str, validation_documents: int | None) -> Iterator[str]:
-    """Texts of one split.
+def split_records(
+    config: DataConfig, split: str, validation_documents: int | None, column: str | None = None
+) -> Iterator[str]:
+    """Texts of one split; `column` is where records have them if data.text_column does not say.
 
     A ``{split: source}`` mapping and the hub's own splits are taken as they are. Else the last
     `validation_documents` records are validation and there is no test split, or, when that is None, of every 20
     records one is validation and one test (only validation where the hub has its own test split).
     """
-    source = source_of(config, split)
+    source, column = source_of(config, split), config.text_column or column or "text"
     if not source.on_hub:
         files = files_of(Path(source.path))
         if source.is_split:
-            return _chained(files)
+            return _chained(files, column)
         if validation_documents is None:
-            return _twentieths(_chained(files), (split,))
-        count = sum(1 for _ in _chained(files))
-        return _before_or_after(lambda: _chained(files), count, split, validation_documents, config)
+            return _twentieths(_chained(files, column), (split,))
+        count = sum(1 for _ in _chained(files, column))
+        return _before_or_after(lambda: _chained(files, column), count, split, validation_documents, config)
     own = _hub_splits(source.path)
     if split in own and (source.is_split or "validation" in own or split == "test"):
-        return _hub_texts(source.path, split)
+        return _hub_texts(source.path, split, column)
     if source.is_split and len(own) == 1:
-        return _hub_texts(source.path, own[0])
+        return _hub_texts(source.path, own[0], column)
     if "train" not in own:
         raise UserError(f"data.source {source.path!r} has no {split!r} split; it has: {', '.join(own)}")
     if validation_documents is not None:
-        count = _hub_count(source.path, "train")
-        return _before_or_after(lambda: _hub_texts(source.path, "train"), count, split, validation_documents, config)
+        count = _hub_count(source.path, "train", column)
+        return _before_or_after(
+            lambda: _hub_texts(source.path, "train", column), count, split, validation_documents, config
+        )
     wanted = ("train", "test") if split == "train" and "test" in own else (split,)
-    return _twentieths(_hub_texts(source.path, "train"), wanted)
+    return _twentieths(_hub_texts(source.path, "train", column), wanted)
 
 
-def _chained(files: Sequence[Path]) -> Iterator[str]:
+def _chained(files: Sequence[Path], column: str) -> Iterator[str]:
     for file in files:
-        yield from records(file)
+        yield from records(file, column)
 
 
 def _twentieths(texts: Iterator[str], splits: Sequence[str]) -> Iterator[str]:
@@ -129,7 +133,7 @@ def _hub_splits(source: str) -> tuple[str, ...]:
         raise _hub_error(source, error) from None
 
 
-def _hub_count(source: str, split: str) -> int:
+def _hub_count(source: str, split: str, column: str) -> int:
     import datasets
 
     try:
@@ -137,17 +141,20 @@ def _hub_count(source: str, split: str) -> int:
     except Exception as error:
         raise _hub_error(source, error) from None
     count = info[split].num_examples if info else None
-    return count or sum(1 for _ in _hub_texts(source, split))
+    return count or sum(1 for _ in _hub_texts(source, split, column))
 
 
-def _hub_texts(source: str, split: str) -> Iterator[str]:
+def _hub_texts(source: str, split: str, column: str) -> Iterator[str]:
     import datasets
 
     try:
         for record in datasets.load_dataset(*_hub_name(source), split=split, streaming=True):
-            if not isinstance(record.get("text"), str):
-                raise UserError(f'data.source {source!r}: records have no string "text"; columns: {", ".join(record)}')
-            yield record["text"]
+            if not isinstance(record.get(column), str):
+                raise UserError(
+                    f'data.source {source!r}: records have no string "{column}" (data.text_column); '
+                    f"columns: {', '.join(record)}"
+                )
+            yield record[column]
     except UserError:
         raise
     except Exception as error:

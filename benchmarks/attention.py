@@ -1,0 +1,73 @@
+"""Attention kernels, forward and backward, in turns: milliseconds by row length and mask.
+
+    python benchmarks/attention.py --json attention.json
+    python benchmarks/attention.py --lengths 256 --rows 4 --heads 4
+
+Masks: none, several documents a row, and that of block diffusion over [noisy ; clean]. On a GPU in bf16, with whatever
+flash-attn is installed; on a CPU in fp32, without FlexAttention, which has no backward pass there.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparing import in_turns, machine, medians, table, write
+
+from vmd_scale.model.attention import (
+    Documents,
+    Mask,
+    attention,
+    block_diffusion_mask,
+    document_boundaries,
+    flash_kernels,
+    kernel_name,
+)
+
+
+def measure(length: int, rows: int, heads: int, width: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    qkv = [torch.randn(rows, length, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    segments = (torch.arange(length) // (length // 4)).expand(rows, length)  # four documents a row
+    documents = Documents(segments.to(device), document_boundaries(segments).to(device))
+    masks: dict[tuple[str, str], Mask] = {("none", "reference"): None, ("none", "sdpa"): None}
+    masks |= {("documents", "sdpa"): documents}
+    if flash_kernels() is not None:
+        masks |= {("none", "flash"): None, ("documents", "flash"): documents}
+    for kernel in ("sdpa", "flex") if device.type == "cuda" else ("sdpa",):
+        masks["blocks", kernel] = block_diffusion_mask(length // 2, 8, None, kernel, device)
+
+    def case(kernel: str, mask: Mask) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
+
+    cases = {f"{mask}: {kernel_name(kernel)}": case(kernel, m) for (mask, kernel), m in masks.items()}
+    flops = 3 * 4 * rows * heads * width * length**2  # dense; masks leave some of it out
+    return {
+        name: {"milliseconds": 1e3 * seconds, "dense_tflops": flops / seconds / 1e12}
+        for name, seconds in medians(in_turns(cases, rounds, warmup=2)).items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096] if on_gpu else [128, 256])
+    parser.add_argument("--rows", type=int, default=32 if on_gpu else 4)
+    parser.add_argument("--heads", type=int, default=12 if on_gpu else 4)
+    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    result: dict[str, Any] = {"machine": machine(), "rows": args.rows, "heads": args.heads, "head_width": args.width}
+    for length in args.lengths:
+        found = measure(length, args.rows, args.heads, args.width, args.rounds, device)
+        result[f"length {length}"] = found
+        rows = [(name, *values.values()) for name, values in found.items()]
+        print(f"\n{length} positions\n" + table(("", "milliseconds", "dense TFLOP/s"), rows))
+        write(result, args.json)
+
+
+if __name__ == "__main__":
+    main()

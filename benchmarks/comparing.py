@@ -1,0 +1,91 @@
+"""What all benchmarks share: both sides of a comparison in one run, in turns, medians, one JSON file and one table."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Times = dict[str, list[float]]
+
+
+def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> Times:
+    """Seconds of every call of every case. Each round runs all of them, every second one backwards."""
+    for _ in range(warmup):
+        for run in cases.values():
+            run()
+    times: Times = {name: [] for name in cases}
+    for number in range(repeats):
+        for name in list(cases)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(seconds_of(cases[name]))
+    return times
+
+
+class Clock:
+    """The wall clock; or the processor time of this process, for a busy machine without a GPU."""
+
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
+    @classmethod
+    def count_processor_time(cls) -> None:
+        cls.now = staticmethod(time.process_time)
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """One call, to the end of what it started on a GPU."""
+    _wait()
+    started = Clock.now()
+    run()
+    _wait()
+    return Clock.now() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(times: Times) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(times: Times, above: str, below: str) -> float:
+    """The median over rounds of one case's time over another's: what slows both down for a while cancels."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    else:
+        found |= {"cpu": platform.processor() or platform.machine(), "load": os.getloadavg()[0]}
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns of text, the first to the left, the others to the right."""
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) if n == 0 else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join((lines[0], "-" * len(lines[0]), *lines[1:]))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def write(result: Mapping[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")

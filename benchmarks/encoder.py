@@ -1,0 +1,79 @@
+"""What the encoder's size buys: bounds on validation characters after the same training, beside the cost of a step.
+
+    python benchmarks/encoder.py --json encoder.json                                the quickstart's characters
+    python benchmarks/encoder.py --encoder 1x64 --encoder 2x128 --set training.steps=3000 --set data.corpus=text8 ...
+
+Each encoder, LAYERSxWIDTH, is trained by pretrain.py from the same configuration, with each of the seeds. `share` is
+the encoder's part of the FLOPs of a step.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from comparing import table, write
+
+from vmd_scale.build import build_architecture
+from vmd_scale.config import load_config
+from vmd_scale.planning.flops import FlopsPerToken
+from vmd_scale.tokenization import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "quickstart.json"
+SETTINGS = (
+    "model.layers=4",
+    "diffusion.steps=1,2,4",  # a latent is worth something where steps are few
+    "evaluation.steps=1,4,inf",
+    "evaluation.rows=1024",
+    "training.checkpoint_every=1000000",
+    "training.keep_checkpoints=1",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", action="append", metavar="LAYERSxWIDTH")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--folder", type=Path, default=Path("runs/encoder-benchmark"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    common = [*SETTINGS, f"data.shards={args.folder / 'shards'}", *args.set]
+    result: dict[str, Any] = {"settings": common, "seeds": args.seeds, "encoders": {}}
+    rows = []
+    for encoder in args.encoder or ["1x32", "1x64", "1x128", "2x128", "4x128"]:
+        layers, width = encoder.split("x")
+        settings = [*common, f"latent.encoder_layers={layers}", f"latent.encoder_width={width}"]
+        bounds = [train(settings, seed, args.folder / f"{encoder}-{seed}") for seed in range(args.seeds)]
+        found = {steps: [of_seed[steps] for of_seed in bounds] for steps in bounds[0]}
+        config = load_config(CONFIG, settings)
+        flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 0.5)
+        result["encoders"][encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
+        rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
+        write(result, args.json)
+    print(table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
+
+
+def train(settings: list[str], seed: int, run: Path) -> dict[str, float]:
+    """Validation bounds, bits per token by T, at the end of a run."""
+    shutil.rmtree(run, ignore_errors=True)
+    steps = load_config(CONFIG, settings).training.steps
+    every = [*settings, f"training.seed={seed}", f"evaluation.every={steps}"]
+    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(CONFIG), "--output", str(run)]
+    subprocess.run([*command, *(part for s in every for part in ("--set", s))], check=True, stderr=subprocess.DEVNULL)
+    records = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    return {str(record["steps"]): record["bits_per_token"] for record in records}
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ({max(values) - min(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

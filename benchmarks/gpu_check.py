@@ -1,0 +1,343 @@
+"""Everything that only a GPU can tell, in one command of at most nine minutes.
+
+    python benchmarks/gpu_check.py --output gpu_check.json
+    python benchmarks/gpu_check.py --cpu --output gpu_check.json     tiny, to see that it works at all
+
+Needs torch and numpy; what needs DeepSpeed or flash-attn is reported as skipped where they are missing. The file is
+written after every part, so that a time limit loses nothing; a part that would not end in time is left out.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from comparing import in_turns, machine, medians, ratio, seconds_of, table, write  # noqa: E402
+from workload import BareStep, shape  # noqa: E402
+
+from vmd_scale.diffusion.noise import Noise  # noqa: E402
+from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
+from vmd_scale.model import VMD, Architecture  # noqa: E402
+from vmd_scale.model.attention import attention, block_diffusion_mask, flash_kernels  # noqa: E402
+from vmd_scale.planning.flops import FlopsPerToken  # noqa: E402
+from vmd_scale.planning.hardware import peak_flops  # noqa: E402
+from vmd_scale.planning.peaks import peak_bytes  # noqa: E402
+
+GPU_TESTS = ("test_attention_kernels.py", "test_head.py", "test_step_causes.py")
+
+
+class Skipped(Exception):
+    """Why a part was left out."""
+
+
+class Check:
+    """Sizes of what is measured: real ones on a GPU, tiny ones on a CPU."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.tiny = tiny
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.repeats = 2 if tiny else 10
+
+    def shape(self, size: str, latent: bool) -> Architecture:
+        if self.tiny:
+            return shape(2, 32, 2, 32, 300, latent)
+        layers, width, heads = {"110M": (12, 768, 12), "1B": (20, 2048, 16)}[size]
+        return shape(layers, width, heads, 1024, 50_258, latent)
+
+    def rows(self, size: str) -> int:
+        return 2 if self.tiny else {"110M": 32, "1B": 16}[size]
+
+    def step(self, size: str, latent: bool, compiled: bool = True, **changes: Any) -> BareStep:
+        torch._dynamo.reset()
+        a = replace(self.shape(size, latent), **changes)
+        return BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled and not self.tiny)
+
+    # ---- parts
+
+    def environment(self) -> dict[str, Any]:
+        names = ("torch", "triton", "deepspeed", "flash-attn", "flash-attn-3", "liger-kernel", "torchao", "numpy")
+        versions = {}
+        for name in names:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = None
+        return {**machine(), "packages": versions}
+
+    def ceilings(self) -> dict[str, float]:
+        """What this device reaches at all, on random numbers."""
+        n = 256 if self.tiny else 8192
+        a, b = (torch.randn(n, n, device=self.device, dtype=self.dtype) for _ in range(2))
+        source = torch.randn(2**16 if self.tiny else 2**30, device=self.device)
+        target = torch.empty_like(source)
+        times = in_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, self.repeats, warmup=3)
+        best = {name: min(values) for name, values in times.items()}
+        return {"tflops": 2 * n**3 / best["product"] / 1e12, "copy_gb_s": 8 * source.numel() / best["copy"] / 1e9}
+
+    def tests(self) -> dict[str, Any]:
+        """The tests that CPUs skip."""
+        if importlib.util.find_spec("pytest") is None:
+            raise Skipped("pytest is not installed")
+        files = [str(ROOT / "tests" / "unit" / name) for name in GPU_TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "gpu", *files]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+        return {
+            "ok": done.returncode in (0, 5),
+            "summary": done.stdout.strip().splitlines()[-1:],
+            "code": done.returncode,
+        }
+
+    def resume(self) -> dict[str, Any]:
+        """ZeRO-1: six steps against three, a checkpoint and three more; bit for bit."""
+        for package in ("deepspeed", "pydantic"):
+            if importlib.util.find_spec(package) is None:
+                raise Skipped(f"{package} is not installed")
+        with tempfile.TemporaryDirectory() as name:
+            folder, losses = Path(name), {}
+            for run, stops in (("whole", (6,)), ("resumed", (3, 6))):
+                for steps in stops:
+                    settings = {
+                        "data.shards": folder / "shards",
+                        "training.steps": steps,
+                        "training.warmup_steps": 2,
+                        "training.lr_schedule": "constant",
+                        "training.global_batch": 8,
+                        "training.micro_batch": 4,
+                        "training.precision": "fp32" if self.tiny else "bf16",
+                        "training.checkpoint_every": 3,
+                        "evaluation.every": "null",
+                        "telemetry.log_every": 1,
+                    }
+                    overrides = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
+                    config = ["--config", str(ROOT / "configs" / "quickstart.json"), "--output", str(folder / run)]
+                    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), *config, *overrides]
+                    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+                    if done.returncode:
+                        raise RuntimeError(done.stderr[-2000:])
+                records = (folder / run / "metrics.jsonl").read_text().splitlines()
+                losses[run] = [json.loads(record)["loss"] for record in records]
+        return {"ok": losses["whole"] == losses["resumed"], **losses}
+
+    def attention(self) -> dict[str, Any]:
+        """Milliseconds forward and backward of each kernel; L = 1024 and the mask of block diffusion."""
+        rows, length, heads, width = (2, 32, 2, 16) if self.tiny else (32, 1024, 12, 64)
+        qkv = [
+            torch.randn(rows, length, heads, width, device=self.device, dtype=self.dtype, requires_grad=True)
+            for _ in range(3)
+        ]
+        kernels = ["sdpa", *(["flash"] if flash_kernels() is not None else [])]
+
+        def run(kernel: str, mask: Any) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
+
+        cases = {kernel: run(kernel, None) for kernel in kernels}
+        masks = {
+            kernel: block_diffusion_mask(length // 2, 16, None, kernel, self.device) for kernel in ("sdpa", "flex")
+        }
+        cases |= {f"blocks, {kernel}": run(kernel, mask) for kernel, mask in masks.items() if not self.tiny}
+        flops = 3.5 * 4 * rows * heads * width * length**2
+        return {
+            name: {"milliseconds": 1e3 * seconds, "tflops": flops / seconds / 1e12}
+            for name, seconds in medians(in_turns(cases, self.repeats, warmup=2)).items()
+        }
+
+    def throughput(self, size: str, compiled: bool = True) -> dict[str, Any]:
+        """Tokens/s and MFU of VMD and MDM steps, in turns."""
+        steps = {}
+        torch._dynamo.reset()
+        for name, latent in (("mdm", False), ("vmd", True)):
+            a = self.shape(size, latent)
+            steps[name] = BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled and not self.tiny)
+        started = time.perf_counter()
+        times = in_turns(steps, self.repeats, warmup=3)
+        spent = time.perf_counter() - started
+        tokens, peak = self.rows(size) * self.shape(size, True).row_length, peak_flops(self.device)
+        found: dict[str, Any] = {"vmd_of_mdm": ratio(times, "mdm", "vmd"), "seconds_with_compiling": spent}
+        for name, seconds in medians(times).items():
+            x, a = steps[name]._batches[0], steps[name].a
+            flops = FlopsPerToken.of(a, len(x.index) / x.clean.numel()).total
+            found[name] = {
+                "milliseconds": 1e3 * seconds,
+                "tokens_per_second": tokens / seconds,
+                "mfu": flops * tokens / seconds / peak,
+                "parameters": sum(p.numel() for p in steps[name].parameters),
+                "peak_gib_of_a_step": peak_bytes(steps[name], self.device) / 2**30,
+            }
+        return found
+
+    def without_compile(self) -> dict[str, Any]:
+        return self.throughput("110M", compiled=False)
+
+    def where_the_time_goes(self) -> dict[str, Any]:
+        """Device time of VMD steps at 110 M by kind of kernel, and the dearest kernels."""
+        from torch.profiler import ProfilerActivity, profile
+
+        step = self.step("110M", latent=True)
+        for _ in range(3):
+            step()
+        activities = [ProfilerActivity.CPU] if self.tiny else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=activities) as profiler:
+            wall = seconds_of(lambda: [step() for _ in range(3)])
+        spent: dict[str, float] = defaultdict(float)
+        for event in profiler.key_averages():
+            on_device = event.device_type != torch.autograd.DeviceType.CPU
+            if on_device or self.tiny:
+                spent[event.key] += event.self_cpu_time_total if self.tiny else event.self_device_time_total
+        kinds: dict[str, float] = defaultdict(float)
+        for name, microseconds in spent.items():
+            kinds[kind_of(name)] += microseconds
+        total = sum(kinds.values()) or 1.0
+        dearest = sorted(spent.items(), key=lambda item: -item[1])[:25]
+        return {
+            "milliseconds_a_step": 1e3 * wall / 3,
+            "busy": total / 1e6 / wall,
+            "share": {k: v / total for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
+            "kernels": [{"name": name[:120], "share": t / total} for name, t in dearest],
+        }
+
+    def checkpointing(self) -> dict[str, Any]:
+        """Seconds and peak of a step with each kind of activation checkpointing."""
+        found = {}
+        for kind in ("none", "selective", "full"):
+            step = self.step("110M", latent=True)
+            step.model.checkpoint_activations(kind)
+            times = in_turns({kind: step}, self.repeats, warmup=3)
+            found[kind] = {
+                "milliseconds": 1e3 * medians(times)[kind],
+                "peak_gib": peak_bytes(step, self.device) / 2**30,
+            }
+        return found
+
+    def synchronisation(self) -> dict[str, Any]:
+        """Whether anything in forward, backward or update of a step makes the host wait."""
+        if self.tiny:
+            raise Skipped("needs a GPU")
+        step = self.step("110M", latent=True)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.loss(step._batches[0]).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return {"ok": True}
+
+    def sampling(self) -> dict[str, Any]:
+        """Tokens/s against T, VMD and MDM in turns."""
+        counts, batches = ((2,), (2,)) if self.tiny else ((8, 32, 128), (1, 64))
+        models = {
+            name: VMD(self.shape("110M", latent)).to(self.device, self.dtype).eval()
+            for name, latent in (("mdm", False), ("vmd", True))
+        }
+        found: dict[str, Any] = {}
+        for batch in batches:
+            for steps in counts:
+
+                def run(name: str, steps: int = steps, batch: int = batch) -> Callable[[], object]:
+                    return lambda: sample(models[name], Sampler(steps), Noise(0), torch.arange(batch))
+
+                times = in_turns({name: run(name) for name in models}, 3)
+                tokens = batch * self.shape("110M", True).row_length
+                found[f"batch {batch}, T = {steps}"] = {
+                    **{f"{name}_tokens_per_second": tokens / s for name, s in medians(times).items()},
+                    "vmd_of_mdm": ratio(times, "mdm", "vmd"),
+                }
+        return found
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    name = kernel.lower()
+    for kind, marks in (
+        ("attention", ("flash", "fmha", "attention", "attn")),
+        ("matrix products", ("gemm", "nvjet", "cutlass", "aten::mm", "aten::addmm", "cublas", "matmul")),
+        ("optimizer", ("adam", "multi_tensor", "foreach", "lerp")),
+        ("embedding and gather", ("embedding", "index", "scatter", "gather", "sort")),
+        ("compiled element-wise", ("triton",)),
+        ("copies", ("memcpy", "memset", "copy")),
+    ):
+        if any(mark in name for mark in marks):
+            return kind
+    return "other element-wise"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
+    parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--seconds", type=float, default=520, help="no part is begun that would end later")
+    args = parser.parse_args()
+    if not args.cpu and not torch.cuda.is_available():
+        sys.exit("error: no GPU; --cpu tries the script itself with tiny sizes")
+    check = Check(args.cpu)
+    # In the order of what is wanted most; seconds are guesses of what a part takes.
+    parts: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {
+        "environment": (check.environment, 1),
+        "ceilings": (check.ceilings, 5),
+        "throughput 110M": (lambda: check.throughput("110M"), 90),
+        "attention": (check.attention, 30),
+        "tests": (check.tests, 90),
+        "where the time goes": (check.where_the_time_goes, 45),
+        "throughput 1B": (lambda: check.throughput("1B"), 120),
+        "110M without compile": (check.without_compile, 20),
+        "synchronisation": (check.synchronisation, 40),
+        "sampling": (check.sampling, 90),
+        "checkpointing": (check.checkpointing, 90),
+        "resume": (check.resume, 100),
+    }
+    unknown = set(args.only or ()) - set(parts)
+    if unknown:
+        sys.exit(f"error: --only {sorted(unknown)}: parts are {', '.join(parts)}")
+    started = time.perf_counter()
+    result: dict[str, Any] = {}
+    for name, (run, guess) in parts.items():
+        if args.only and name not in args.only:
+            continue
+        began = time.perf_counter()
+        try:
+            if began - started + guess > args.seconds:
+                raise Skipped(f"{args.seconds - (began - started):.0f} s left, about {guess} s needed")
+            result[name] = run()
+        except Skipped as reason:
+            result[name] = {"skipped": str(reason)}
+        except Exception:
+            result[name] = {"failed": traceback.format_exc()[-3000:]}
+        result[name]["seconds"] = round(time.perf_counter() - began, 1)
+        write(result, args.output)
+        print(f"== {name} ({result[name]['seconds']} s)\n{json.dumps(result[name], indent=1)[:2500]}", flush=True)
+        if not args.cpu:
+            torch.cuda.empty_cache()
+    rows = [(name, _verdict(part), part["seconds"]) for name, part in result.items()]
+    print("\n" + table(("part", "result", "seconds"), rows))
+    sys.exit(any("failed" in part or part.get("ok") is False for part in result.values()))
+
+
+def _verdict(part: dict[str, Any]) -> str:
+    if "failed" in part:
+        return "FAILED"
+    if "skipped" in part:
+        return f"skipped: {part['skipped']}"
+    return "NOT OK" if part.get("ok") is False else "ok"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The memory that `launchers/plan.py` predicts beside what a real DeepSpeed step takes, by ZeRO stage and precision.
+
+    python benchmarks/memory.py --zero 1 --precision fp32
+    deepspeed --num_gpus 2 benchmarks/memory.py --zero 2 --precision bf16 --set model.width=768
+
+`kept` lives between steps (weights, optimizer, EMA, gradients that are kept), `peak` is the most at once in a step.
+"""
+
+import argparse
+import gc
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from comparing import write
+
+from vmd_scale.build import build_architecture
+from vmd_scale.config import load_config
+from vmd_scale.data.prepare import prepare
+from vmd_scale.planning.memory import memory_of
+from vmd_scale.planning.peaks import peak_bytes
+from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.launch import join_world, leave_world
+from vmd_scale.training.loop import Trainer
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.json"
+FOLDER = Path("runs/memory-benchmark")
+SETTINGS = (
+    "data.row_length=64",
+    f"data.shards={FOLDER / 'shards'}",
+    "model.layers=6",
+    "model.width=384",
+    "model.heads=6",
+    "training.global_batch=8",
+    "training.micro_batch=4",
+    "evaluation.every=null",
+)
+
+
+class Silent:
+    """Stands for the telemetry."""
+
+    def event(self, *arguments: object, **details: object) -> None:
+        pass
+
+
+def bytes_alive() -> int:
+    """Of all tensors that Python can reach."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    chosen = [f"deepspeed.zero_optimization.stage={args.zero}", f"training.precision={args.precision}"]
+    config = load_config(CONFIG, [*SETTINGS, *chosen, *args.set])
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    world = join_world()
+    if world.is_main:
+        prepare(config.data, progress=False)
+    world.barrier()
+    trainer = Trainer(config, FOLDER / "run", world, tokenizer)
+    batches = next(trainer.loader.steps(0, 1))
+    trainer.engine.train()
+    for _ in range(2):
+        trainer._step(0, batches, Silent())
+    kept = bytes_alive()
+    peak = kept + peak_bytes(lambda: trainer._step(0, batches, Silent()), world.device)
+    architecture = build_architecture(config, tokenizer.vocab_size)
+    predicted = memory_of(config, architecture, world.size, args.precision, world.device.type == "cuda")
+    result = {
+        "zero": args.zero,
+        "precision": args.precision,
+        "ranks": world.size,
+        "parameters": trainer.parameters,
+        "kept_bytes": kept,
+        "peak_bytes": peak,
+        "predicted": asdict(predicted),
+        "predicted_of_peak": predicted.total / peak,
+    }
+    if world.is_main:
+        print(json.dumps(result, indent=2))
+        write(result, args.json)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

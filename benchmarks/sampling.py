@@ -1,0 +1,71 @@
+"""Tokens per second of the T-step sampler, VMD and MDM in turns; and what a forward takes.
+
+    python benchmarks/sampling.py --json sampling.json
+    python benchmarks/sampling.py --steps 8 --batches 1 --vocab 50258
+
+`ms_a_forward` is the time of the whole sampler over its T forwards: noise, choice of positions and draws included.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparing import Clock, in_turns, machine, medians, ratio, table, write
+from workload import shape
+
+from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.sampler import Sampler, sample
+from vmd_scale.model import VMD
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--vocab", type=int, default=50_258 if on_gpu else 27)
+    parser.add_argument("--law", default="balanced")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--processor-time", action="store_true", help="instead of the wall clock: for a busy CPU")
+    args = parser.parse_args()
+    if args.processor_time:
+        Clock.count_processor_time()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    layers, width, heads, length = (12, 768, 12, 1024) if on_gpu else (4, 256, 4, 256)
+    models = {}
+    for name, latent in (("mdm", False), ("vmd", True)):
+        torch.manual_seed(0)
+        models[name] = VMD(shape(layers, width, heads, length, args.vocab, latent)).to(device, dtype).eval()
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "processor_time": args.processor_time,
+        "shape": [layers, width, length],
+        "vocab": args.vocab,
+    }
+    rows = []
+    for batch in args.batches:
+        for steps in args.steps:
+            sampler = Sampler(steps, law=args.law)
+            cases = {
+                name: lambda model=model: sample(model, sampler, Noise(0), torch.arange(batch))  # noqa: B023
+                for name, model in models.items()
+            }
+            times = in_turns(cases, args.rounds)
+            found = {
+                name: {"tokens_per_second": batch * length / seconds, "ms_a_forward": 1e3 * seconds / steps}
+                for name, seconds in medians(times).items()
+            }
+            result[f"batch {batch}, T = {steps}"] = {**found, "vmd_of_mdm": ratio(times, "mdm", "vmd")}
+            rows.append(
+                (f"{batch}, {steps}", *(v for of in found.values() for v in of.values()), ratio(times, "mdm", "vmd"))
+            )
+            write(result, args.json)
+    header = ("batch, T", "MDM tokens/s", "ms a forward", "VMD tokens/s", "ms a forward", "VMD / MDM")
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

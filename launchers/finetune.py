@@ -1,0 +1,94 @@
+"""Fine-tune a pretrained model: on prompts with responses, on labels, or on another corpus; in full or in part.
+
+    python launchers/finetune.py --from runs/owt --corpus prompts --source pairs.jsonl --output runs/chat
+    python launchers/finetune.py --from runs/owt --corpus labels --source news.jsonl --output runs/news --lora 8
+    python launchers/finetune.py --from exported/owt --corpus text --source papers.txt --output runs/papers
+    python launchers/finetune.py --from runs/mdm --corpus text --source owt.txt --output runs/vmd \\
+        --train-only latent --set latent.width=64                            gives a plain model a latent
+    python launchers/finetune.py --from mdlm.ckpt --config configs/mdlm_owt.json --corpus text ...
+
+--from takes a run, a checkpoint, an exported folder or, with --config, a state dict (our names or MDLM's). The network
+is that of the weights. A file of JSON lines holds {"prompt": ..., "response": ...} for corpus prompts and {"prompt":
+..., "label": ...} for labels; prompts are never masked. --source train=A,validation=B,test=C gives each split a file of
+its own; else 1 record in 20 is validation and 1 is test. Any other corpus is continued pretraining.
+
+Engine, loop and checkpoints are pretrain.py's, and so are deepspeed, torchrun and srun in front of it, resuming and
+exit codes. With labels, the accuracy on validation and test is printed at the end and written to classification.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from vmd_scale.checkpoints import load_trained
+from vmd_scale.config import load_config
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.files import write_json
+from vmd_scale.finetuning import LABELS, finetuning_config
+from vmd_scale.training.launch import rank_from_environment
+
+
+@reports_user_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", required=True, dest="weights", metavar="WEIGHTS", help="what to start from")
+    parser.add_argument("--corpus", required=True, help="prompts, labels, text, or any named corpus")
+    parser.add_argument("--source", metavar="FILE", help="data.source; or train=A,validation=B,test=C")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train low-rank adapters instead of the weights")
+    parser.add_argument(
+        "--train-only", metavar="NAMES", help="patterns of parameter names, by commas; 'latent': all that z needs"
+    )
+    parser.add_argument("--config", metavar="FILE", help="the network, where the weights do not tell it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    args = parser.parse_args()
+
+    from vmd_scale.training.start import start
+
+    config = finetuning_config(
+        args.weights,
+        args.corpus,
+        parse_source(args.source),
+        args.output,
+        tuple(args.train_only.split(",")) if args.train_only else (),
+        args.lora,
+        load_config(args.config) if args.config else None,
+        tuple(args.set),
+    )
+    code = start(config, args.output)
+    if code == 0 and config.data.corpus == LABELS and rank_from_environment() == 0:
+        print(accuracies(args.output))
+    sys.exit(code)
+
+
+def parse_source(text: str | None) -> str | dict[str, str] | None:
+    """``FILE``, or ``train=A,validation=B`` as a mapping."""
+    if text is None or not text.startswith(("train=", "validation=", "test=")):
+        return text
+    parts = [part.partition("=") for part in text.split(",")]
+    wrong = [name for name, _, file in parts if name not in ("train", "validation", "test") or not file]
+    if wrong:
+        raise UserError(f"--source {text!r}: expected train=FILE,validation=FILE,test=FILE, found {wrong[0]!r}")
+    return {name: file for name, _, file in parts}
+
+
+def accuracies(run: Path) -> str:
+    """Of validation and test; a table, and classification.json."""
+    from vmd_scale.data.manifest import read_manifest
+    from vmd_scale.evaluation.classification import classify, label_tokens, table
+
+    trained = load_trained(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    _, labels = label_tokens(trained.config, trained.tokenizer)
+    shards = trained.config.data.shards
+    splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
+    results = [classify(trained.model, ShardReader(shards, split), labels, split) for split in splits]
+    write_json(run / "classification.json", [result.to_dict() for result in results])
+    return table(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""finetune.py: labels in full, prompts by adapters on an exported folder, and a latent for a plain model."""
+
+import json
+import random
+
+import pytest
+
+from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
+
+WORDS = ["mask", "model", "token", "noise", "row"]
+LABELS = {"one": " yes", "two": " no"}
+FAST = ("--set", "training.micro_batch=16", "--set", "training.global_batch=16", "--set", "telemetry.log_every=20")
+
+
+def news(count, seed):
+    choice = random.Random(seed).choice
+    for _ in range(count):
+        key = choice(list(LABELS))
+        yield {"prompt": f" {choice(WORDS)} {key} {choice(WORDS)}", "label": LABELS[key]}
+
+
+@pytest.fixture(scope="module")
+def pretrained(lab, tmp_path_factory):
+    """A plain model and its export."""
+    folder = tmp_path_factory.mktemp("finetune")
+    lab.pretrain(folder / "plain", "training.steps=4", "latent.width=0", "model.dropout=0", ranks=1)
+    exported = lab.launch("export", "--checkpoint", folder / "plain", "--output", folder / "exported")
+    assert exported.code == 0, exported.text
+    return folder
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_labels_are_learned_and_their_accuracy_is_reported(lab, pretrained):
+    train, test = (write(pretrained / f"{n}.jsonl", news(n, seed=n)) for n in (400, 60))
+    run = pretrained / "labels"
+    source = ("--corpus", "labels", "--source", f"train={train},validation={test},test={test}", "--output", run)
+    steps = ("--set", "training.steps=120", "--set", "training.learning_rate=5e-3")
+    finished = lab.launch("finetune", "--from", pretrained / "plain", *source, *FAST, *steps)
+    assert finished.code == 0, finished.text
+    results = json.loads((run / "classification.json").read_text())
+    assert [r["split"] for r in results] == ["validation", "test"]
+    assert results[1]["accuracy"] > 0.9
+    assert results[1]["label_nll"] < 0.4
+    assert f"{results[1]['accuracy']:.4f}" in finished.text
+
+
+def test_responses_are_learned_by_adapters_on_an_exported_folder_and_drawn_from_a_prompt(lab, pretrained):
+    pairs = [{"prompt": record["prompt"], "response": record["label"]} for record in news(200, seed=1)]
+    run, source = pretrained / "chat", write(pretrained / "pairs.jsonl", pairs)
+    options = ("--corpus", "prompts", "--source", source, "--output", run, "--lora", 4, *FAST)
+    for steps in (2, 6):  # the second call goes on from the first
+        finished = lab.launch(
+            "finetune", "--from", pretrained / "exported", *options, "--set", f"training.steps={steps}"
+        )
+        assert finished.code == 0, finished.text
+    assert "resumed from" in finished.text
+    assert [record["step"] for record in lab.metrics(run)] == [2, 6]
+    before, after = (load_weights(find_checkpoint(pretrained / name), "ema") for name in ("plain", "chat"))
+    assert all((after[name] == value).all() for name, value in before.items())
+    drawn = lab.launch(
+        "sample", "--checkpoint", run, "--prompt", " mask one row", "--steps", 2, "--count", 2, "--json", run / "s.json"
+    )
+    assert drawn.code == 0, drawn.text
+    (record,) = json.loads((run / "s.json").read_text())
+    assert len(record["texts"]) == 2
+    assert all(text.startswith(" mask one row") and len(text) == 32 for text in record["texts"])
+
+
+def test_a_plain_model_gets_a_latent_and_only_that_is_trained(lab, pretrained):
+    run = pretrained / "vmd"
+    finished = lab.launch(
+        "finetune", "--from", pretrained / "plain", "--corpus", "text", "--source", lab.source, "--output", run,
+        "--train-only", "latent", "--set", "latent.width=4", "--set", "training.steps=3", *FAST,
+    )  # fmt: skip
+    assert finished.code == 0, finished.text
+    before, after = (load_weights(find_checkpoint(pretrained / name), "raw") for name in ("plain", "vmd"))
+    plain = load_weights(find_checkpoint(pretrained / "plain"), "ema")
+    assert set(before) < set(after)
+    assert all((after[name] == value).all() for name, value in plain.items())
+    assert after["denoiser.blocks.0.modulation.weight"].abs().max() > 0
+    assert load_trained(run).model.architecture.latent_width == 4
+
+
+def test_what_cannot_be_started_from_is_named(lab, pretrained):
+    (pretrained / "weights.pt").write_bytes(b"")
+    for weights, message in (
+        ("nowhere", "--from nowhere: no such file or folder"),
+        (pretrained / "weights.pt", "does not tell its network; give it with --config FILE"),
+    ):
+        options = ("--corpus", "text", "--source", lab.source, "--output", pretrained / "none")
+        finished = lab.launch("finetune", "--from", weights, *options)
+        assert finished.code == 2
+        assert message in finished.errors[0]
+    assert not (pretrained / "none").exists()

@@ -1,0 +1,142 @@
+"""All attention kernels compute one function, forward and backward, to the tolerance of their precision."""
+
+import pytest
+import torch
+
+from vmd_scale.model import attention as module
+from vmd_scale.model.attention import (
+    Documents,
+    Flash,
+    attention,
+    block_diffusion_mask,
+    choose_kernel,
+    document_boundaries,
+    flash_available,
+)
+
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 2, 2, 0, 0, 0]])
+
+
+def tensors(rows, length, heads, width, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(rows, length, heads, width, generator=generator).to(device, dtype).requires_grad_()
+        for _ in range(3)
+    ]
+
+
+def with_gradients(qkv, mask, kernel):
+    out = attention(*qkv, mask, kernel)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), qkv)]
+
+
+def far(one, other):
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(one, other, strict=True))
+
+
+# ---- documents
+
+
+def test_boundaries_are_where_documents_begin_and_their_number_is_one_of_few():
+    bounds = document_boundaries(SEGMENTS, multiple=4)
+    assert bounds.tolist() == [0, 3, 7, 8, 16, 17, 18, 21, 24]
+    assert bounds.dtype == torch.int32
+    assert document_boundaries(SEGMENTS[:2], multiple=4).tolist() == [0, 3, 7, 8, 16]
+    assert document_boundaries(SEGMENTS, multiple=5).tolist() == [0, 3, 7, 8, 16, 17, 18, 21, 24, 24, 24]
+    one_each = document_boundaries(torch.arange(6).view(2, 3), multiple=1)
+    assert one_each.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+def test_documents_do_not_see_each_other(kernel):
+    qkv = tensors(3, 8, 2, 4, torch.float64, "cpu")
+    whole = with_gradients(qkv, Documents(SEGMENTS), kernel)
+    for row, segments in enumerate(SEGMENTS):
+        for document in segments.unique_consecutive():
+            places = slice(None) if (segments == document).all() else segments == document
+            if row == 2 and document == 0:
+                continue  # number 0 twice in a row: not a document of its own (see `Documents`)
+            alone = [x[row : row + 1, places].detach().requires_grad_() for x in qkv]
+            out = attention(*alone, None, kernel)
+            assert torch.allclose(out[0], whole[0][row, places], atol=1e-10)
+
+
+def by_pieces(q, k, v, ends_q, ends_k, longest_q, longest_k):
+    """What a varlen kernel is specified to compute."""
+    assert (longest_q, longest_k) == (8, 8)
+    pieces = []
+    for start, end in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+        if start < end:
+            pieces.append(attention(*(x[start:end].unsqueeze(0) for x in (q, k, v)), None, "reference")[0])
+    return torch.cat(pieces)
+
+
+def test_the_varlen_path_equals_the_mask_path(monkeypatch):
+    """Here with a stand-in for the kernel: what is handed to it, and what becomes of its answer."""
+    segments = torch.where(SEGMENTS == 0, SEGMENTS + 10 * (torch.arange(8) > 4), SEGMENTS)  # no number twice in a row
+    monkeypatch.setattr(module, "flash_kernels", lambda: Flash(2, None, by_pieces))
+    qkv = tensors(3, 8, 2, 4, torch.bfloat16, "cpu")
+    packed = with_gradients(qkv, Documents(segments, document_boundaries(segments)), "flash")
+    masked = with_gradients(qkv, Documents(segments), "reference")
+    assert far(packed, masked) < 1e-2
+    assert far(packed, with_gradients(qkv, None, "reference")) > 0.1
+
+
+@pytest.mark.parametrize("returned", ["tensor", "with normalisers"])
+def test_every_version_of_flash_attention_is_understood(returned, monkeypatch):
+    def dense(q, k, v):
+        out = attention(q, k, v, None, "reference")
+        return out if returned == "tensor" else (out, torch.zeros(1))
+
+    monkeypatch.setattr(module, "flash_kernels", lambda: Flash(3, dense, None))
+    qkv = tensors(2, 5, 2, 4, torch.bfloat16, "cpu")
+    assert torch.equal(attention(*qkv, None, "flash"), attention(*qkv, None, "reference"))
+
+
+# ---- on a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}  # fp32 products may be made in tf32
+
+
+@cuda
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("mask", ["none", "padding", "documents"])
+def test_gpu_kernels_equal_the_reference(kernel, dtype, mask):
+    if kernel == "flash" and not flash_available():
+        pytest.skip("flash-attn is not installed")
+    rows, length = 3, 192
+    qkv = tensors(rows, length, 4, 64, dtype, "cuda")
+    segments = torch.arange(length).div(torch.tensor([[70], [33], [200]]), rounding_mode="floor")
+    masks = {
+        "none": None,
+        "padding": (torch.arange(length) < torch.tensor([[192], [100], [1]]))[:, None, None, :].cuda(),
+        "documents": Documents(segments.cuda(), document_boundaries(segments).cuda()),
+    }
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    assert (
+        far(with_gradients(qkv, masks[mask], kernel), with_gradients(exact, masks[mask], "reference"))
+        < (TOLERANCE[dtype])
+    )
+
+
+@cuda
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("padded", [False, True])
+def test_gpu_flex_attention_equals_the_mask_of_block_diffusion(dtype, padded):
+    length, groups = 128, 8
+    qkv = tensors(2, 2 * length, 4, 64, dtype, "cuda")
+    attend = (torch.arange(length) < torch.tensor([[128], [100]])).cuda() if padded else None
+    flex, dense = (
+        block_diffusion_mask(length, groups, attend, kernel, torch.device("cuda")) for kernel in ("flex", "sdpa")
+    )
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    assert far(with_gradients(qkv, flex, "flex"), with_gradients(exact, dense, "reference")) < TOLERANCE[dtype]
+
+
+@cuda
+def test_gpu_kernels_are_chosen_by_what_is_there():
+    assert choose_kernel("auto", blocks=True) == "flex"
+    assert choose_kernel("auto") == ("flash" if flash_available() else "sdpa")

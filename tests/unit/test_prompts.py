@@ -1,0 +1,110 @@
+"""Prompts with responses and texts with labels become rows in which the prompt is given; labels are scored exactly."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vmd_scale.config import parse_config
+from vmd_scale.data.corpora.prompts import choices_of
+from vmd_scale.data.loader import Batch
+from vmd_scale.data.prepare import prepare
+from vmd_scale.data.roles import Role
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.errors import UserError
+from vmd_scale.evaluation.classification import label_log_probabilities, label_tokens
+from vmd_scale.model import VMD, Architecture
+from vmd_scale.tokenization import load_tokenizer
+
+NEWS = [("aa", " x"), ("bb c", " yy"), ("d" * 20, " x"), ("", " yy")] * 10
+
+
+def config_of(tmp_path, corpus, records, **data):
+    path = tmp_path / f"{corpus}.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    values = {"corpus": corpus, "source": str(path), "tokenizer": "text8", "row_length": 12, "packing": "pad"}
+    return parse_config(
+        {"data": {**values, "shards": str(tmp_path / "shards"), **data},
+         "model": {"layers": 1, "width": 8, "heads": 1},
+         "training": {"steps": 1, "global_batch": 1, "micro_batch": 1}}, "test",
+    )  # fmt: skip
+
+
+def shown(config, number):
+    """A prepared row: prompt in brackets, then what is counted; padding is left out."""
+    tokens, roles = ShardReader(config.data.shards, "train").read(np.array([number]))
+    text = load_tokenizer("text8").decode(tokens[0])
+    parts = ["".join(c for c, role in zip(text, roles[0], strict=True) if role == kind) for kind in Role]
+    assert "".join(f"{r}" for r in roles[0]) == "2" * len(parts[2]) + "1" * len(parts[1]) + "0" * len(parts[0])
+    return f"[{parts[Role.GIVEN]}]{parts[Role.ORDINARY]}"
+
+
+def test_a_response_is_filled_up_to_the_end_of_its_row(tmp_path):
+    records = [{"prompt": p, "response": r} for p, r in (("ab", "cd"), ("abcdefghijklmn", "xyz"), ("a", "b" * 14))]
+    config = config_of(tmp_path, "prompts", records * 10)
+    manifest = prepare(config.data, progress=False)
+    assert shown(config, 0) == "[ab]cd        "
+    assert shown(config, 1) == "[fghijklmn]xyz"  # too long: the prompt loses its start
+    assert shown(config, 2) == "[]bbbbbbbbbbbb"
+    assert manifest.splits["train"].truncated_documents == sum(n % 3 > 0 for n in range(30) if n % 20 < 18)
+
+
+def test_a_label_is_filled_up_to_the_longest(tmp_path):
+    config = config_of(tmp_path, "labels", [{"prompt": p, "label": lab} for p, lab in NEWS])
+    prepare(config.data, progress=False)
+    assert choices_of(config.data) == (" x", " yy")
+    assert [shown(config, n) for n in range(4)] == ["[aa] x ", "[bb c] yy", "[ddddddddd] x ", "[] yy"]
+    names, tokens = label_tokens(config, load_tokenizer("text8"))
+    assert [load_tokenizer("text8").decode(row) for row in tokens] == [" x ", " yy"]
+    assert names == (" x", " yy")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "records", "data", "message"),
+    [
+        ("labels", [{"prompt": "a", "label": "x"}] * 20, {}, "1 different labels in the training split"),
+        ("labels", [{"prompt": "a", "response": "x"}], {}, r'line 1: expected an object with strings "prompt" and "la'),
+        ("prompts", [{"prompt": "a", "response": "x"}, "{"], {}, "line 2: not JSON"),
+        ("prompts", [{"prompt": "a", "response": ""}], {}, "line 1: expected an object"),
+        ("prompts", [{"prompt": "a", "response": "x"}], {"packing": "wrap"}, r"needs data\.packing='pad'"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, corpus, records, data, message):
+    with pytest.raises(UserError, match=message):
+        prepare(config_of(tmp_path, corpus, records, **data).data, progress=False)
+
+
+def test_a_label_that_training_never_saw_is_an_error(tmp_path):
+    records = [{"prompt": p, "label": lab} for p, lab in NEWS]
+    records[18] = {"prompt": "a", "label": " z"}  # of validation
+    with pytest.raises(UserError, match="label ' z' of the validation split does not occur in training"):
+        prepare(config_of(tmp_path, "labels", records).data, progress=False)
+
+
+@pytest.mark.parametrize("latent_width", [0, 2])
+def test_label_probabilities_are_those_of_the_one_step_sampler(latent_width):
+    """All labels of two symbols together: their probabilities sum to one, and each is the product of two factors."""
+    torch.manual_seed(0)
+    a = Architecture(
+        vocab_size=3, row_length=5, groups=1, layers=1, width=8, heads=1, mlp_ratio=2.0, mlp="gelu", norm="layernorm",
+        dropout=0.0, tie_embeddings=False, time_conditioning=False, attention="sdpa", condition_width=4,
+        latent_width=latent_width, injection="adaln", encoder_layers=1, encoder_width=8,
+    )  # fmt: skip
+    model = VMD(a).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    roles = torch.tensor([[2, 2, 1, 1, 0], [2, 1, 1, 0, 0]], dtype=torch.uint8)  # prompts of two lengths
+    tokens = torch.tensor([[0, 2, 1, 1, 0], [1, 0, 2, 0, 0]])
+    batch = Batch(tokens, roles, torch.arange(2), np.arange(2))
+    attend, labels = roles != Role.PADDING, torch.tensor(list(itertools.product(range(3), repeat=2)))
+    logs = label_log_probabilities(model, batch, attend, labels, draws=7 if latent_width else 1)
+    torch.testing.assert_close(logs.exp().sum(-1), torch.ones(2, dtype=torch.float64))
+    if not latent_width:
+        noisy = tokens.masked_fill(roles == Role.ORDINARY, 3)
+        p = model.logits(noisy, None, attend).double().log_softmax(-1)
+        for row, at in ((0, (2, 3)), (1, (1, 2))):
+            wanted = torch.stack([sum(p[row, i, s] for i, s in zip(at, label, strict=True)) for label in labels])
+            torch.testing.assert_close(logs[row], wanted.detach())

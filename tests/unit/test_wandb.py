@@ -1,0 +1,136 @@
+"""A run never depends on wandb: missing, offline, or failing at any call."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from vmd_scale.config import load_config
+from vmd_scale.training.telemetry import Telemetry
+
+RECORD = {"step": 1, "loss": 2.0, "kl": 0.0, "tokens_per_second": 1.0, "mfu": 0.1, "grad_norm": None}
+LATENT = {
+    "step": 1,
+    "kl_by_mask_ratio": {"1.0": 0.5},
+    "active_units": 3,
+    "kl_histograms": {"1.0": {"counts": [1, 2], "edges": [0.0, 0.5, 1.0]}},
+}
+
+
+class Stub:
+    """What the log uses of wandb. `broken` names calls that raise, `modes` the modes in which init works."""
+
+    def __init__(self, broken=(), modes=("online", "offline")):
+        self.broken, self.modes, self.started, self.logged, self.calls = broken, modes, [], [], 0
+        self.torn_down = True
+        self.finished = None
+
+    def init(self, **options):
+        self.started.append(options)
+        assert self.torn_down  # else wandb's service says, after a failed attempt, that the id is in use
+        self.torn_down = False
+        if options["mode"] not in self.modes:
+            raise RuntimeError("could not connect\nand more")
+        return self
+
+    def Settings(self, **options):
+        return options
+
+    def Table(self, columns, data):
+        return SimpleNamespace(columns=columns, data=data)
+
+    def Histogram(self, np_histogram):
+        return SimpleNamespace(pair=np_histogram)
+
+    def teardown(self):
+        self.torn_down = True
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, values, **options):
+        self.calls += 1
+        assert not options  # wandb's own step would refuse what a resumed run makes again
+        if "log" in self.broken:
+            raise OSError("no space left")
+        self.logged.append(values)
+
+    def finish(self, exit_code):
+        self.torn_down = True
+        self.finished = exit_code
+        if "finish" in self.broken:
+            raise OSError("gone")
+
+
+@pytest.fixture
+def config(tmp_path):
+    quickstart = __import__("pathlib").Path(__file__).resolve().parents[2] / "configs" / "quickstart.json"
+    return load_config(quickstart, ["telemetry.wandb=online"])
+
+
+def use(telemetry):
+    telemetry.log(RECORD)
+    telemetry.latent(LATENT)
+    telemetry.samples({"step": 1, "steps": 4, "texts": ["a", "b"]})
+    telemetry.close()
+
+
+def lines(folder):
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+
+
+def test_one_run_is_one_curve_across_resumes(tmp_path, config, monkeypatch):
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for first in (0, 1):
+        use(Telemetry(tmp_path, config, True, first))
+    first, second = stub.started
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    assert Telemetry(tmp_path / "other", config, False, 0)._wandb is None  # only rank 0 has one
+    (tmp_path / "other").mkdir()
+    Telemetry(tmp_path / "other", config, True, 0).close()
+    assert stub.started[-1]["id"] != first["id"]
+
+
+def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypatch):
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    use(Telemetry(tmp_path, config, True, 0))
+    sent = stub.started[0]["config"]
+    assert sent["model"]["width"] == config.model.width
+    assert sent["code"]["torch"].startswith("2.")
+    metrics, latent, samples = stub.logged
+    assert (metrics["loss"], "grad_norm" in metrics) == (2.0, False)
+    assert latent["latent/kl histogram, mask ratio 1.0"].pair[1].tolist() == [0.0, 0.5, 1.0]
+    assert samples["samples"].data == [[1, "4", "a"], [1, "4", "b"]]
+    assert all(values["step"] == 1 for values in stub.logged)
+    assert stub.finished == 0
+
+
+@pytest.mark.parametrize(
+    ("stub", "modes"),
+    [
+        (Stub(modes=("offline",)), ["online", "offline"]),
+        (Stub(modes=()), ["online", "offline"]),
+        (Stub(broken=("log", "finish")), ["online"]),
+    ],
+    ids=["no network", "nothing works", "every call fails"],
+)
+def test_whatever_fails_the_run_goes_on_and_keeps_its_own_record(tmp_path, config, monkeypatch, stub, modes, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    telemetry = Telemetry(tmp_path, config, True, 0)
+    for _ in range(5):
+        telemetry.log(RECORD)
+    use(telemetry)
+    assert [options["mode"] for options in stub.started] == modes
+    assert lines(tmp_path) == 5 + 3
+    assert stub.calls in (0, 3, 8)  # never, until it was given up, or always
+    assert caplog.records
+
+
+def test_without_the_package_it_is_one_warning(tmp_path, config, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it is an ImportError
+    use(Telemetry(tmp_path, config, True, 0))
+    assert "wandb is not installed; going on without" in caplog.text
+    assert lines(tmp_path) == 3

@@ -1,0 +1,78 @@
+"""What a model is fine-tuned on: prompts with responses, and texts with labels; JSON lines.
+
+    {"prompt": "Write a haiku about rain.\\n", "response": "..."}        corpus prompts
+    {"prompt": "Oil prices rise again\\nTopic:", "label": " Business"}   corpus labels
+
+The prompt is never masked and never counted. A label is a response that is one of few, which are found in the data.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data.corpora.files import lines
+from vmd_scale.data.corpora.registry import SPLITS, Document, corpus, in_twentieth
+from vmd_scale.data.corpora.sources import local_source
+from vmd_scale.errors import UserError
+
+MOST_LABELS = 1000
+
+
+@corpus("prompts")
+def prompts(config: DataConfig, split: str) -> Iterator[Document]:
+    """JSON lines of "prompt" and "response". Fills the row behind the response with the tokenizer's end token."""
+    _check(config)
+    return (Document(prompt=p, text=r) for p, r in _pairs(config, split, "response"))
+
+
+@corpus("labels")
+def labels(config: DataConfig, split: str) -> Iterator[Document]:
+    """JSON lines of "prompt" and "label"."""
+    _check(config)
+    choices = choices_of(config)
+    for prompt, label in _pairs(config, split, "label"):
+        if label not in choices:
+            raise UserError(f"data.source: label {label!r} of the {split} split does not occur in training")
+        yield Document(prompt=prompt, text=label, choices=choices)
+
+
+def choices_of(config: DataConfig) -> tuple[str, ...]:
+    """All labels of the training split, sorted.
+
+    Raises:
+        UserError: fewer than two, or more than `MOST_LABELS`: then it is not a classification.
+    """
+    found = {label for _, label in _pairs(config, "train", "label")}
+    if not 2 <= len(found) <= MOST_LABELS:
+        raise UserError(f"data.source: {len(found)} different labels in the training split; 2 to {MOST_LABELS} allowed")
+    return tuple(sorted(found))
+
+
+def _check(config: DataConfig) -> None:
+    if config.packing != "pad" or config.row_specials:
+        raise UserError(
+            f"data.corpus {config.corpus!r} needs data.packing='pad' and data.row_specials=false, found "
+            f"{config.packing!r} and {str(config.row_specials).lower()}"
+        )
+
+
+def _pairs(config: DataConfig, split: str, response: str) -> Iterator[tuple[str, str]]:
+    assert split in SPLITS
+    source, number = local_source(config, split), 0
+    for line_number, line in enumerate(lines(Path(source.path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source.path}, line {line_number}: not JSON: {error}") from None
+        record = record if isinstance(record, dict) else {}
+        prompt, answer = record.get("prompt"), record.get(response)
+        if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
+            raise UserError(
+                f'{source.path}, line {line_number}: expected an object with strings "prompt" and "{response}"'
+            )
+        if source.is_split or in_twentieth(number, split):
+            yield prompt, answer
+        number += 1

@@ -1,0 +1,26 @@
+"""Uploading an exported folder to the Hugging Face hub: only when the user says so, and private unless they say so."""
+
+from pathlib import Path
+
+import huggingface_hub
+
+from vmd_scale.errors import UserError
+
+
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Create the repository where there is none, and upload the folder. Returns its address.
+
+    Args:
+        name: USER/MODEL. Who one is, is what `hf auth login` has stored.
+
+    Raises:
+        UserError: no network, no permission, or a name that is none.
+    """
+    try:
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}")
+    except Exception as error:  # of the client, of http, of the operating system: they have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--push {name}: not uploaded ({reason}); the folder is whole: {folder}") from None
+    return str(address)

@@ -1,0 +1,98 @@
+"""The configuration of a fine-tuning run: the network of the weights that it starts from, and data of its own."""
+
+from pathlib import Path
+from typing import Any
+
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint
+from vmd_scale.config import Config, parse_config
+from vmd_scale.errors import UserError
+from vmd_scale.files import read_json
+from vmd_scale.tokenization import load_tokenizer
+
+LABELS = "labels"
+WITH_PROMPTS = ("prompts", LABELS)
+TRAINING = {
+    "steps": 500,
+    "global_batch": 32,
+    "micro_batch": 8,
+    "lr_schedule": "cosine",
+    "warmup_steps": 20,
+    "ema_decay": 0.99,
+    "checkpoint_every": 250,
+    "keep_checkpoints": 1,
+}
+FULL_LEARNING_RATE, PARTIAL_LEARNING_RATE = 2e-4, 1e-3
+
+
+def finetuning_config(
+    weights: str,
+    corpus: str,
+    source: str | dict[str, str] | None,
+    output: Path,
+    trainable: tuple[str, ...] = (),
+    lora_rank: int | None = None,
+    base: Config | None = None,
+    overrides: tuple[str, ...] = (),
+) -> Config:
+    """What `start` needs to fine-tune.
+
+    Args:
+        weights: becomes training.init_from.
+        corpus, source: become data.corpus and data.source; shards go into `output`.
+        trainable: becomes training.trainable.
+        lora_rank: becomes training.lora.rank.
+        base: the network of weights that do not tell their own, MDLM's for example.
+        overrides: ``a.b=value``, applied last.
+
+    Raises:
+        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides.
+    """
+    values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
+    weight = values["diffusion"]["kl_weight"]["end"]
+    values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
+    if corpus == LABELS and not values["latent"]["width"]:
+        values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
+    old = values["data"]
+    values["data"] = {
+        "corpus": corpus,
+        "source": source,
+        "tokenizer": tokenizer or old["tokenizer"],
+        "row_length": old["row_length"],
+        "packing": "pad" if corpus in WITH_PROMPTS else old["packing"],
+        "row_specials": False if corpus in WITH_PROMPTS else old["row_specials"],
+        "normalizer": old["normalizer"],
+        "shards": str(output / "shards"),
+    }
+    partial = bool(trainable) or lora_rank is not None
+    values["training"] = {
+        **TRAINING,
+        "learning_rate": PARTIAL_LEARNING_RATE if partial else FULL_LEARNING_RATE,
+        "seed": values["training"]["seed"],
+        "precision": values["training"]["precision"],
+        "init_from": weights,
+        "trainable": list(trainable),
+        "lora": None if lora_rank is None else {"rank": lora_rank},
+    }
+    values["model"]["attention"] = "auto"
+    values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
+    values["telemetry"]["log_every"] = 10
+    return parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+
+
+def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
+    """The configuration that weights come with, and the folder of their tokenizer where that is with them too."""
+    path = Path(weights)
+    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+        return _parsed(read_json(find_checkpoint(path) / RUN_STATE, dict[str, Any])["config"], weights), None
+    if (path / "config.json").is_file():
+        exported = read_json(path / "config.json", dict[str, Any]).get("vmd_scale")
+        if isinstance(exported, dict) and "config" in exported:
+            load_tokenizer(weights)  # or an error that says what is missing
+            return _parsed(exported["config"], weights), weights
+    if not path.exists():
+        raise UserError(f"--from {weights}: no such file or folder")
+    raise UserError(f"--from {weights}: does not tell its network; give it with --config FILE")
+
+
+def _parsed(values: dict[str, Any], weights: str) -> dict[str, Any]:
+    return parse_config(values, origin=weights).model_dump(mode="json")

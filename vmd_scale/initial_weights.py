@@ -1,0 +1,144 @@
+"""`training.init_from`: the weights that a new run starts from, wherever they come from.
+
+exported folder     what launchers/export.py wrote
+run or checkpoint   its averaged weights, or the raw ones where there is no average; adapters are merged
+a file              .safetensors, or .pt, .pth, .bin, .ckpt without code in it: our names, or MDLM's (mdlm_weights.py)
+
+What the new model has and the old one has not must be a latent part or an adapter: it starts fresh, and a plain masked
+diffusion model that gets a latent computes at first what it did before. The row may become shorter.
+"""
+
+import json
+import logging
+import pickle
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vmd_scale.adapters import LATENT_PARTS, merged
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, load_weights
+from vmd_scale.config import parse_config
+from vmd_scale.errors import UserError
+from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
+from vmd_scale.model import VMD
+
+FRESH = (*LATENT_PARTS, "denoiser.time_to_condition.*", "*.lora_a", "*.lora_b")
+POSITION = "position.weight"
+log = logging.getLogger(__name__)
+
+
+def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> None:
+    """Fill `model` with the weights of `source`, in place.
+
+    Args:
+        fingerprint: of the tokenizer; compared where the source knows its own.
+
+    Raises:
+        UserError: nothing there, another tokenizer, or weights that do not fit.
+    """
+    weights, its_fingerprint = read_weights(source, model)
+    if fingerprint and its_fingerprint and its_fingerprint != fingerprint:
+        raise UserError(
+            f"training.init_from {source}: trained with a tokenizer of fingerprint {its_fingerprint[:12]}, but "
+            f"data.tokenizer has {fingerprint[:12]}"
+        )
+    own = model.state_dict()
+    fresh = [name for name in own if name not in weights]
+    needed = [name for name in fresh if not any(fnmatchcase(name, part) for part in FRESH)]
+    if needed:
+        raise UserError(
+            f"training.init_from {source}: has no {', '.join(needed[:4])}{' ...' if len(needed) > 4 else ''}; "
+            "is the [model] section that of the old model?"
+        )
+    filled = {}
+    for name, value in weights.items():
+        if name not in own:
+            continue
+        wanted = own[name].shape
+        if name.endswith(POSITION) and value.shape[0] > wanted[0] and value.shape[1:] == wanted[1:]:
+            value = value[: wanted[0]]
+        if value.shape != wanted:
+            raise UserError(
+                f"training.init_from {source}: {name} is {list(value.shape)}, this model's is {list(wanted)}"
+                + ("; a row may become shorter, not longer (data.row_length)" if name.endswith(POSITION) else "")
+            )
+        filled[name] = value
+    model.load_state_dict(filled, strict=False)
+    left = [name for name in weights if name not in own]
+    log.info(
+        "weights from %s: %d tensors%s%s",
+        source,
+        len(filled),
+        f"; fresh: {_shown(fresh)}" if fresh else "",
+        f"; left out: {_shown(left)}" if left else "",
+    )
+
+
+def read_weights(source: str, model: VMD) -> tuple[dict[str, Tensor], str | None]:
+    """fp32 weights by our names, and the fingerprint of their tokenizer where it is known.
+
+    Raises:
+        UserError: nothing there, or not readable.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"training.init_from: no such file or folder: {source}")
+    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+        return _of_checkpoint(find_checkpoint(path))
+    fingerprint = None
+    if path.is_dir():
+        config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+        fingerprint = config.get("vmd_scale", {}).get("tokenizer_fingerprint")
+        weights = _of_folder(path)
+    else:
+        weights = _of_file(path)
+    if is_mdlm(weights):
+        return from_mdlm(weights, model.architecture, source), None
+    return {name: value.float() for name, value in weights.items()}, fingerprint
+
+
+def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
+    state = _json(checkpoint / RUN_STATE)
+    config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
+    kind = "ema" if config.training.ema_decay else "raw"
+    return merged(load_weights(checkpoint, kind), config.training.lora), state["tokenizer_fingerprint"]
+
+
+def _of_folder(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"training.init_from {folder}: no checkpoint, no *.safetensors and no pytorch_model*.bin in it")
+    return {name: value for file in files for name, value in _of_file(file).items()}
+
+
+def _of_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"training.init_from {path}: not readable as weights alone ({reason}); save its state dict as .safetensors"
+        ) from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"training.init_from {path}: expected a state dict, names and tensors")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.init_from: {path}: not a readable JSON file: {error}") from None
+
+
+def _shown(names: list[str]) -> str:
+    """Parts, not every tensor."""
+    return ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))

@@ -1,0 +1,57 @@
+"""Rows that hold several documents: attention stays inside each, positions restart, and each has a latent of its own.
+
+`attend` says who may be attended to, everywhere in this project, in one of two ways:
+
+    bool  [B, L]   false at padding
+    int32 [B, L]   the number of the document that a position belongs to, 1, 2, ... from left to right; 0 at padding
+"""
+
+import torch
+from torch import Tensor
+
+
+def has_documents(attend: Tensor | None) -> bool:
+    """Whether `attend` tells several documents of a row apart."""
+    return attend is not None and attend.dtype != torch.bool
+
+
+def attention_mask(attend: Tensor | None) -> Tensor | None:
+    """bool, broadcastable to [B, heads, L, L], true where attention is allowed; None allows all.
+
+    Between documents this is dense: a kernel for variable lengths or a `BlockMask` can be made from `attend` itself.
+    """
+    if attend is None:
+        return None
+    if not has_documents(attend):
+        return attend[:, None, None, :]
+    return (attend[:, :, None] == attend[:, None, :])[:, None]  # padding sees padding: no softmax of nothing
+
+
+def positions_in(attend: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Positions int64 [L], or [B, L] counted from the beginning of each document."""
+    at = torch.arange(length, device=device)
+    if attend is None or not has_documents(attend):
+        return at
+    begins = attend != attend.roll(1, dims=1)
+    return at - torch.where(begins, at, 0).cummax(dim=1).values
+
+
+def members(attend: Tensor, documents: int) -> Tensor:
+    """Which positions belong to documents 1 .. N of a row, bool [B, N, L]."""
+    numbers = torch.arange(1, documents + 1, device=attend.device)
+    return attend[:, None, :] == numbers[None, :, None]
+
+
+def any_of(mask: Tensor, attend: Tensor | None, groups: int, documents: int) -> Tensor:
+    """Whether any position that shares a latent is true in bool [B, L]: for each block [B, G], or document [B, N]."""
+    if attend is None or not has_documents(attend):
+        return mask.view(len(mask), groups, -1).any(-1)
+    return (members(attend, documents) & mask[:, None]).any(-1)
+
+
+def spread(x: Tensor, attend: Tensor) -> Tensor:
+    """One vector a document, [B, N, C], to all of its positions, [B, L, C]; zero at padding.
+
+    A matrix product: on a GPU the gradient of indexing sums in an order that changes from run to run.
+    """
+    return members(attend, x.shape[1]).to(x.dtype).transpose(1, 2) @ x

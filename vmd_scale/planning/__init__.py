@@ -1,0 +1,1 @@
+"""What a run will cost, on paper: FLOPs, memory, communication, time and money."""

@@ -1,0 +1,70 @@
+"""Seconds that collectives take: rings and trees over a net of nodes, by the alpha-beta model.
+
+A message of n bytes costs `latency + n / bandwidth` (Hockney, Parallel Computing 20, 1994; Thakur, Rabenseifner and
+Gropp, IJHPCA 19, 2005). A ring of p ranks moves 2 (p - 1) / p of the bytes through every link in 2 (p - 1) steps
+(Patarasu and Yuan, JPDC 69, 2009); a double binary tree moves 2 x the bytes in 2 log2 p steps (Sanders, Speck and
+Traeff, Parallel Computing 35, 2009), which is what NCCL changes to where the ring's steps would cost more.
+"""
+
+import math
+
+from vmd_scale.planning.hardware import GPU
+
+INSIDE_LATENCY = 3e-6  # seconds a step, between the GPUs of a node
+BETWEEN_LATENCY = 12e-6  # between nodes, with the collective library's own share
+ATTAINED = 0.8  # of the links' bandwidth, by large messages
+
+
+def all_reduce(size: float, ranks: int, gpu: GPU) -> float:
+    """Seconds for the sum of `size` bytes: reduce-scatter in the nodes, all-reduce between them, all-gather."""
+    nodes, local = _nodes(ranks, gpu)
+    if nodes == 1:
+        return _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY) * 2
+    inside = 2 * _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY)
+    share = size / local  # each GPU of a node has a port of its own
+    ring = 2 * _reduce_scatter_ring(share, nodes, gpu.between, BETWEEN_LATENCY)
+    tree = 2 * (share / (ATTAINED * gpu.between) + math.log2(nodes) * BETWEEN_LATENCY)
+    return inside + min(ring, tree)
+
+
+def all_gather(size: float, ranks: int, gpu: GPU) -> float:
+    """Seconds until all ranks have the whole of `size` bytes; a reduce-scatter takes as long.
+
+    Rings only: between nodes, latency grows with their number.
+    """
+    nodes, local = _nodes(ranks, gpu)
+    inside = _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY)
+    return inside + _reduce_scatter_ring(size / local, nodes, gpu.between, BETWEEN_LATENCY)
+
+
+def seconds_per_step(
+    stage: int, weights: float, gradients: float, micro_batches: int, layers: int, ranks: int, gpu: GPU
+) -> tuple[float, float]:
+    """Seconds of communication of an optimizer step: what can hide behind computation, and what cannot.
+
+    Args:
+        weights: bytes of them in the precision of the forward pass; gradients: bytes in the one they travel in.
+        micro_batches: accumulated in a step. Stages 2 and 3 reduce the gradients of each of them.
+        layers: messages that the weights of stage 3 are gathered in.
+    """
+    if ranks == 1:
+        return 0.0, 0.0
+    if stage == 0:
+        return all_reduce(gradients, ranks, gpu), 0.0
+    updated = all_gather(weights, ranks, gpu)  # after the optimizer, before the next forward
+    if stage == 1:
+        return all_gather(gradients, ranks, gpu), updated
+    if stage == 2:
+        return micro_batches * all_gather(gradients, ranks, gpu), updated
+    gathered = 2 * layers * all_gather(weights / layers, ranks, gpu)  # forward, and again backward
+    return micro_batches * (gathered + all_gather(gradients, ranks, gpu)), 0.0
+
+
+def _nodes(ranks: int, gpu: GPU) -> tuple[int, int]:
+    """Nodes, and ranks in each of them."""
+    local = min(ranks, gpu.in_node)
+    return -(-ranks // local), local
+
+
+def _reduce_scatter_ring(size: float, ranks: int, bandwidth: float, latency: float) -> float:
+    return (ranks - 1) / ranks * size / (ATTAINED * bandwidth) + (ranks - 1) * latency

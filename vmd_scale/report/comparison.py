@@ -1,0 +1,81 @@
+"""Several runs side by side: where their settings differ, and their curves in the same pictures."""
+
+import html
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vmd_scale.report.figures import COLORS, Picture, bound_panel, draw_png, finish_axes, running_mean
+from vmd_scale.report.run import Run, column, newest, unit_of
+
+LEFT_OUT = ("data.shards", "data.workers", "telemetry.log_every", "telemetry.wandb", "telemetry.wandb_project")
+CURVES = {
+    "reconstruction": (
+        "Reconstruction",
+        "nats per token",
+        "Without the KL: to be compared where the steps T are the same.",
+    ),
+    "loss": ("Loss", "nats per token", "What each run minimises: comparable only where the objectives are the same."),
+    "kl": ("KL of the latent", "nats per token", "Of the runs that have a latent."),
+    "tokens_per_second": ("Throughput", "tokens/s", "Over all ranks of each run."),
+}
+
+
+def differing_settings(runs: Sequence[Run]) -> str:
+    """HTML: a table with a column for each run, of the keys whose values are not all the same."""
+    flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
+    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if key not in LEFT_OUT]
+    keys = [key for key in keys if len({f.get(key) for f in flat}) > 1]
+    rows = [("last logged step", [f"{run.metrics[-1]['step']:,}" if run.metrics else "none" for run in runs])]
+    rows += [(key, [f.get(key, "") for f in flat]) for key in keys]
+    head = "".join(f"<th>{html.escape(run.label)}</th>" for run in runs)
+    body = "".join(
+        f"<tr><th>{html.escape(key)}</th>" + "".join(f"<td>{html.escape(v)}</td>" for v in values) + "</tr>"
+        for key, values in rows
+    )
+    same = "" if keys else "<p>All settings are the same.</p>"
+    table = f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return same + table
+
+
+def comparison_figures(runs: Sequence[Run]) -> dict[str, Picture]:
+    """Pictures with a curve for each run, for which at least one has numbers."""
+    pictures = {}
+    bounds = {run.label: results for run in runs if (results := newest(run))}
+    if bounds:
+        units = {unit_of(run.config) for run in runs}
+        unit = units.pop() if len(units) == 1 else "token"
+        baseline = any(not run.config.latent.width for run in runs)
+        caption = "The newest bounds of each run; bars are standard errors."
+        caption += " MDM is the same code without a latent." if baseline else ""
+        png = draw_png(lambda f: bound_panel(f.subplots(), bounds, unit), 4.2)
+        pictures["all_bounds"] = Picture("Bound against sampling steps, all runs", caption, png)
+    for key, (title, label, caption) in CURVES.items():
+        shown = [run for run in runs if run.metrics and (key != "kl" or run.config.latent.width)]
+        if shown:
+            png = draw_png(partial(_panel, runs=shown, key=key, label=label))
+            pictures[f"all_{key}"] = Picture(f"{title}, all runs", caption, png)
+    return pictures
+
+
+def _panel(figure: Figure, runs: Sequence[Run], key: str, label: str) -> None:
+    axes = figure.subplots()
+    for n, run in enumerate(runs):
+        steps, values = column(run.metrics, "step"), column(run.metrics, key)
+        smooth = running_mean(values, max(1, len(values) // 50))
+        axes.plot(steps, np.where(np.isfinite(values), smooth, np.nan), color=COLORS[n % len(COLORS)], label=run.label)
+    axes.set(xlabel="step", ylabel=label)
+    finish_axes(axes, from_zero=key in ("kl", "tokens_per_second"), large=key == "tokens_per_second")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return flat

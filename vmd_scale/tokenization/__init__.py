@@ -1,0 +1,20 @@
+"""Text to token ids and back, behind one small interface.
+
+The mask symbol of the diffusion belongs to no tokenizer: it is always the id ``vocab_size``, one past the last.
+"""
+
+from vmd_scale.tokenization.characters import CharacterTokenizer, SymbolTokenizer
+from vmd_scale.tokenization.interface import Tokenizer, checked_ids
+from vmd_scale.tokenization.loading import load_tokenizer
+from vmd_scale.tokenization.sentences import SentencePieceTokenizer
+from vmd_scale.tokenization.subword import SubwordTokenizer
+
+__all__ = [
+    "CharacterTokenizer",
+    "SentencePieceTokenizer",
+    "SubwordTokenizer",
+    "SymbolTokenizer",
+    "Tokenizer",
+    "checked_ids",
+    "load_tokenizer",
+]
