@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     bounds.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
     bounds.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
     bounds.add_argument(
-        "--until-error", type=float, metavar="BITS", help="stop at this standard error, in bits per token"
+        "--until-error", type=float, metavar="BITS", help="as many rows as this standard error needs, in bits per token"
     )
     bounds.add_argument("--interval", default="full", choices=INTERVALS, help="of t; full is (0, 1]")
     bounds.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
@@ -146,16 +146,12 @@ def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str,
 
 def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Path, world: World | None) -> None:
     """Rank 0 prepares, the others wait; what is wrong is an error on all of them."""
-    problem = None
-    if world is None or world.is_main:
-        try:
-            for name, source in sources.items():
-                prepare_set(name, source, trained.config.data, folder)
-        except UserError as error:
-            problem = str(error)
-    problem = problem if world is None else world.first_problem(problem)
-    if problem is not None:
-        raise UserError(problem)
+
+    def prepare() -> None:
+        for name, source in sources.items():
+            prepare_set(name, source, trained.config.data, folder)
+
+    prepare() if world is None else world.on_main(prepare)
 
 
 def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
@@ -166,7 +162,7 @@ def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: R
     say(table(results))
     wanted = request.until_error
     if wanted is not None and any(result.standard_error > wanted for result in results):
-        say("--until-error: not reached with all the rows; more --draws take away the noise of the estimate alone")
+        say("--until-error: not reached; more --draws take away the noise of the estimate, more rows that of the text")
     if request.surrogate:
         say(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
     if published := beside_published(results):

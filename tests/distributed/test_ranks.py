@@ -42,3 +42,32 @@ def test_results_come_in_the_order_of_the_ranks_and_the_environment_is_put_back(
 def test_a_failure_is_raised_with_its_cause_and_nobody_is_waited_for(function, error, match):
     with pytest.raises(error, match=match):
         run_in_processes(function, 2, timeout=2 if function is never_answer else 60)
+
+
+def fail_on(rank: int, where: str) -> str:
+    """What each rank hears when something fails on one of them."""
+    from vmd_scale.errors import RunFailed, UserError
+    from vmd_scale.training.launch import join_world, leave_world
+
+    world = join_world()
+
+    def do() -> None:
+        if world.rank == rank:
+            raise {"on_all": UserError("its disk"), "on_main": RunFailed("the corpus")}[where]
+
+    try:
+        getattr(world, where)(do)
+    except (UserError, RunFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        leave_world()
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "heard"),
+    [(1, "on_all", "UserError: its disk"), (0, "on_main", "RunFailed: the corpus"), (1, "on_main", "nothing")],
+)
+def test_what_fails_on_one_rank_is_raised_on_all(rank, where, heard):
+    """`on_main` asks rank 0 alone."""
+    assert run_in_processes(fail_on, 2, rank, where) == [heard, heard]

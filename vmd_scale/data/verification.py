@@ -12,7 +12,7 @@ from pathlib import Path
 from vmd_scale.data.manifest import FileRecord, Manifest, read_manifest
 from vmd_scale.data.remote import is_remote
 from vmd_scale.data.shards import ShardReader
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.files import write_json
 
 VERIFIED = ".verified.json"
@@ -33,7 +33,7 @@ def verify_share(folder: str | Path, splits: Sequence[str], rank: int, world_siz
                 if known.get(file.name) != stamp:
                     reader.verify([file])
                 good[file.name] = stamp
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         return str(error), {}
     return None, good
 

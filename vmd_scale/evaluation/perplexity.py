@@ -27,7 +27,8 @@ from vmd_scale.model import VMD
 
 Score = Callable[[Rows, Tensor], Tensor]  # rows and their counted positions -> nats [B]
 
-FIRST_LOOK = 128  # rows, until the standard error is looked at
+PILOT = 128  # rows, that tell how many a wanted standard error needs
+MARGIN = 1.25  # times so many, since the pilot only estimates it
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Request:
     Attributes:
         rows: limits the rows (a fixed random choice); None takes all.
         interval: of t: full, or mdlm_compat, see `diffusion/compat.py`.
-        until_error: rows are scored in random order until the standard error, in nats per token, is no larger; None
+        until_error: a random choice of rows, as many as this standard error is likely to need, nats per token; None
             scores all.
     """
 
@@ -212,24 +213,22 @@ def _check_compat(request: Request, protocol: Protocol) -> None:
 def _score_until(
     reader: ShardReader, rows: np.ndarray, protocol: Protocol, request: Request, ranks: Ranks, score: Score
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and counted tokens of the rows, float64 and int64 [n]: of all, or of the first that suffice.
+    """Nats and counted tokens of the rows, float64 and int64 [n]: of all, or of as many as a pilot says will suffice.
 
-    When to look is decided by what was found so far, never by the number of ranks or the micro-batch.
+    The rows of the pilot are not among the results, unless all rows are needed: who stops when a number looks good
+    reports one that is too good. Neither ranks nor micro-batch decide anything.
     """
-    wanted = request.until_error
-    nats, tokens = np.zeros(0), np.zeros(0, dtype=np.int64)
-    next_look = len(rows) if wanted is None else min(FIRST_LOOK, len(rows))
-    while len(nats) < len(rows):
-        numbers = np.arange(len(nats), next_look, dtype=np.int64)
-        more = _score_rows(reader, rows, protocol, request.micro_batch, ranks, score, numbers)
-        nats, tokens = np.concatenate((nats, more[0])), np.concatenate((tokens, more[1]))
-        if wanted is not None:
-            _, error = mean_and_error(nats, tokens)
-            if error <= wanted:
-                break
-            enough = len(nats) * (error / wanted) ** 2  # the error falls with the root of the number of rows
-            next_look = int(min(max(1.05 * enough, 1.25 * len(nats)), 2 * len(nats), len(rows)))
-    return nats, tokens
+    some = partial(_score_rows, reader, rows, protocol, request.micro_batch, ranks, score)
+    if request.until_error is None:
+        return some(np.arange(len(rows), dtype=np.int64))
+    pilot = min(PILOT, len(rows))
+    nats, tokens = some(np.arange(pilot, dtype=np.int64))
+    _, error = mean_and_error(nats, tokens)
+    enough = max(PILOT, math.ceil(MARGIN * pilot * (error / request.until_error) ** 2))
+    if pilot + enough < len(rows):
+        return some(np.arange(pilot, pilot + enough, dtype=np.int64))
+    more = some(np.arange(pilot, len(rows), dtype=np.int64))
+    return np.concatenate((nats, more[0])), np.concatenate((tokens, more[1]))
 
 
 def _score_rows(
@@ -243,6 +242,8 @@ def _score_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same of ``rows[numbers]``, each scored on exactly one rank, gathered on all."""
     nats, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
+    if not len(numbers):
+        return nats, tokens
     mine = np.arange(len(numbers), dtype=np.int64)[ranks.rank :: ranks.size]
     most = -(-len(numbers) // ranks.size)  # rows of the rank that has most
     for start in range(0, most, micro_batch):

@@ -37,6 +37,8 @@ def table(results: Sequence[Result], note: str | None = None) -> str:
             f"{r.standard_error / math.log(2):>7.4f} {r.perplexity:>11.4f} {r.perplexity * r.standard_error:>8.4f} "
             f"{r.rows:>7}" + "".join(f"  {_shown(getattr(r, key))}" for key in apart)
         )
+    if any(r.bound == "compat" for r in results):
+        lines.append("compat: an estimate of published code; it bounds nothing")
     lines += [f"caveat: {caveat}" for caveat in dict.fromkeys(r.caveat for r in results) if caveat]
     return "\n".join([*lines, *([f"note: {note}"] if note else [])])
 

@@ -14,6 +14,7 @@ from vmd_scale.files import checked, read_json
 MEASURED = (
     "protocol",
     "split",
+    "interval",
     "steps",
     "latent",
     "paths",
@@ -94,12 +95,16 @@ def model_card(trained: TrainedModel, results: Sequence[Result], has_encoder: bo
         "",
     ]
     if results:
-        lines.append("Upper bounds (in expectation) on the negative log-likelihood of the T-step sampler named.")
+        lines.append(
+            "Upper bounds (in expectation) on the negative log-likelihood of the T-step sampler named; where `bound` "
+            "is `compat`, the estimate of published code, which bounds nothing."
+        )
         lines += ["", "| " + " | ".join(MEASURED) + " |", "|" + "---|" * len(MEASURED)]
         for result in results:
             cells = [f"{v:.4f}" if isinstance(v := getattr(result, key), float) else str(v) for key in MEASURED]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "`standard_error` is of nats per token, over rows."]
+        lines += [f"\nCaveat: {caveat}" for caveat in dict.fromkeys(r.caveat for r in results) if caveat]
     else:
         lines.append("Nothing was evaluated when this folder was written.")
     return "\n".join(lines) + "\n"

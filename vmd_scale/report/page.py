@@ -33,7 +33,8 @@ from vmd_scale.training.telemetry import LOG, METRICS
 BOUND_NOTE = (
     "Every number here that is called a bound is, in expectation, an upper bound on the negative log-likelihood of "
     "the sampler that it names: T steps, latent fixed or fresh, law of the paths. K = 1 is the ELBO; K > 1 is the "
-    "importance-weighted bound, which is tighter. The error bar is one standard error, over rows."
+    "importance-weighted bound, which is tighter; 'compat' marks an estimate of published code, which bounds nothing. "
+    "The error bar is one standard error, over rows."
 )
 SURROGATE_NOTE = (
     "vmd_surrogate is the training objective of the VMD and VADD papers, in nats per token. It is not a bound on "

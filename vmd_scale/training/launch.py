@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from vmd_scale.errors import RunFailed, UserError
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
@@ -49,8 +52,37 @@ class World:
         dist.all_gather_object(problems, mine, group=group or self.host_group)
         return next((p for p in problems if p is not None), None)
 
+    def on_main(self, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+        """Do something on rank 0; where it fails, all ranks raise its error.
+
+        Args:
+            group: of all ranks, with a timeout of its own; None is `host_group`.
+        """
+        problem = [_failure(do) if self.is_main else None]
+        dist.broadcast_object_list(problem, src=0, group=group or self.host_group)
+        if problem[0] is not None:
+            raise problem[0]
+
+    def on_all(self, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+        """Do something on every rank. It may fail on one node only; then all ranks raise the error."""
+        problems: list[UserError | RunFailed | None] = [None] * self.size
+        dist.all_gather_object(problems, _failure(do), group=group or self.host_group)
+        for problem in problems:
+            if problem is not None:
+                raise problem
+
     def barrier(self) -> None:
         dist.barrier(group=self.host_group)
+
+
+def _failure(do: Callable[[], object]) -> UserError | RunFailed | None:
+    try:
+        do()
+    except (UserError, RunFailed) as error:
+        return error
+    except OSError as error:
+        return UserError(str(error))
+    return None
 
 
 def rank_from_environment() -> int:

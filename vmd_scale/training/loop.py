@@ -51,8 +51,10 @@ class Trainer:
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
-        if training.init_from is not None and not world.any(bool(whole_checkpoints(run_folder / "checkpoints")))[0]:
-            initialize_from(model, training.init_from, tokenizer.fingerprint)
+        source = training.init_from
+        (resumes,) = world.any(world.is_main and bool(whole_checkpoints(run_folder / "checkpoints")))
+        if source is not None and not resumes:
+            world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
         self.parameters = sum(p.numel() for p in model.parameters())
         self.objective = build_objective(config, tokenizer.vocab_size)
         log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)

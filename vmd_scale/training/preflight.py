@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import MANIFEST
 from vmd_scale.data.remote import is_remote, read_remote
-from vmd_scale.errors import UserError
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.training.launch import World
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ def _digest_of_manifest(shards: str) -> str:
         return _digest((Path(shards) / MANIFEST).read_bytes())
     except OSError as error:  # on one node only, perhaps: then it is this that differs
         return f"unreadable ({error.strerror})"
+    except (UserError, RunFailed) as error:
+        return f"unreadable ({error})"
 
 
 def _digest(content: bytes) -> str:

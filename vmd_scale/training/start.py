@@ -1,7 +1,6 @@
 """Everything before the first step: what can be wrong is found here, on all ranks alike, before memory is taken."""
 
 import logging
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.data.verification import remember, verify_share
-from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import write_atomically
 from vmd_scale.model.attention import flash_available
@@ -49,7 +48,11 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
     if config.training.fp8:
         check_fp8(resolve_precision(config, device))
     for protocol in config.evaluation.protocols:
-        get_protocol(protocol)
+        if get_protocol(protocol).pads_attended:
+            raise UserError(
+                f"evaluation.protocols: {protocol!r} is an estimate of published code and bounds nothing, so that it "
+                "cannot say which checkpoint is best; evaluate.py computes it"
+            )
 
 
 def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None:
@@ -60,12 +63,16 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
         RunFailed: on every rank, the preparation broke off.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
-    _on_main(world, lambda: prepare_all(config.data), group)
+    world.on_main(lambda: prepare_all(config.data), group)
     check_ranks(config, world)
-    for data in config.data.corpora():
-        check_compatible(read_manifest(data.shards), data, tokenizer)
+    world.on_all(lambda: _check_manifests(config, tokenizer), group)
     _verify_together(config, world, group)
     dist.destroy_process_group(group)
+
+
+def _check_manifests(config: Config, tokenizer: Tokenizer) -> None:
+    for data in config.data.corpora():
+        check_compatible(read_manifest(data.shards), data, tokenizer)
 
 
 def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> None:
@@ -117,12 +124,10 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     """
     lock, training = RunLock(run_folder), config.training
     try:
-        _on_main(world, lock.acquire)
+        world.on_main(lock.acquire)
         trainer = Trainer(config, run_folder, world, tokenizer)
-        _on_main(
-            world,
-            lambda: check_disk(run_folder, trainer.parameters, training.keep_checkpoints, bool(training.ema_decay)),
-        )
+        keep, with_ema = training.keep_checkpoints, bool(training.ema_decay)
+        world.on_main(lambda: check_disk(run_folder, trainer.parameters, keep, with_ema))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
@@ -135,22 +140,3 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         return code
     finally:
         lock.release()
-
-
-def _on_main(world: World, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
-    """Do something on rank 0; where it fails, all ranks raise its error.
-
-    Args:
-        group: of all ranks, with a timeout of its own; None is `World.host_group`.
-    """
-    problem: list[UserError | RunFailed | None] = [None]
-    if world.is_main:
-        try:
-            do()
-        except (UserError, RunFailed) as error:
-            problem = [error]
-        except OSError as error:
-            problem = [UserError(str(error))]
-    dist.broadcast_object_list(problem, src=0, group=group or world.host_group)
-    if problem[0] is not None:
-        raise problem[0]

@@ -7,6 +7,7 @@ because wandb's must not go back, and a resumed run makes the steps after its la
 import logging
 import platform
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from vmd_scale.files import write_atomically
 
 ID_FILE = "wandb_id"
 SECONDS_TO_CONNECT = 30
+FINISH_SECONDS = 120
 MOST_FAILURES = 3
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,14 @@ class WandbLog:
         self._try(send)
 
     def close(self, failed: bool = False) -> None:
-        self._try(lambda: self._run.finish(exit_code=int(failed)))
+        """Send the rest; but GPUs do not wait long for a network."""
+        finish = threading.Thread(
+            target=self._try, args=(lambda: self._run.finish(exit_code=int(failed)),), name="wandb", daemon=True
+        )
+        finish.start()
+        finish.join(FINISH_SECONDS)
+        if finish.is_alive():
+            log.warning("wandb is still sending after %d s: given up; metrics.jsonl has everything", FINISH_SECONDS)
 
     def _try(self, send: Callable[[], object]) -> None:
         if self._failures >= MOST_FAILURES:
