@@ -219,10 +219,30 @@ def test_the_least_recently_opened_goes_first(elsewhere: str, tmp_path: Path) ->
 
 def test_what_a_killed_process_left_is_thrown_away(elsewhere: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 1500)
-    (tmp_path / "0123.tmp").write_bytes(bytes(1400))
+    (tmp_path / f"{'0123' * 16}.tmp").write_bytes(bytes(1400))
     file = ShardReader(elsewhere, "train").files()[0]
     cache.open(f"{elsewhere}/{file.name}", file).close()
     assert held(cache) == file.bytes
+
+
+def test_files_of_others_in_the_folder_stay(elsewhere: str, tmp_path: Path) -> None:
+    """However small the cache, and however old they are."""
+    names = (
+        "notes.txt",
+        "train-00000.tokens",
+        "draft.tmp",
+        "draft.lock",
+        "cafe",
+        "A" * 64,
+        "0" * 63,
+        "0" * 64 + ".txt",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        os.utime(tmp_path / name, (0, 0))
+    reader = ShardReader(elsewhere, "train", cache=ShardCache(tmp_path, 2 * 1024))
+    reader.read(np.arange(reader.rows))
+    assert {name: (tmp_path / name).read_bytes() for name in names} == {name: name.encode() * 100 for name in names}
 
 
 def test_many_at_once_fetch_a_file_once(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:
