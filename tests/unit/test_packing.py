@@ -183,3 +183,23 @@ def test_document_packing_fills_rows() -> None:
 def test_document_packing_takes_no_row_specials() -> None:
     with pytest.raises(UserError, match=r"data\.row_specials .*not with 'document'"):
         packed(encoded([[1]]), data(4, packing="document", row_specials=True))
+
+
+@pytest.mark.parametrize(
+    ("ready", "wrong", "allowed"),
+    [
+        (True, {"packing": "document"}, [{"packing": "wrap"}, {"packing": "pad"}]),
+        (False, {"packing": "document"}, [{"packing": "pad"}]),
+        (False, {"packing": "wrap"}, [{"packing": "pad"}]),
+        (False, {"packing": "pad", "row_specials": True}, [{"packing": "pad"}]),
+    ],
+)
+def test_puzzles_and_prompts_are_packed_in_their_own_way_only(ready, wrong, allowed):
+    """Otherwise a latent would be lost without a word, or padding attended."""
+    documents = [EncodedDocument(np.arange(4, dtype=np.uint16), ready=ready, given=np.arange(4) < 2)] * 3
+    with pytest.raises(UserError, match=rf"data\.packing '{wrong['packing']}'.* found, .*corpus 'text'.* allowed"):
+        packed(documents, data(4, **wrong))
+    for values in allowed:
+        tokens, roles, _ = packed(documents, data(4, **values), specials=False)
+        assert tokens.tolist() == [[0, 1, 2, 3]] * 3
+        assert roles.tolist() == [[Role.GIVEN] * 2 + [Role.ORDINARY] * 2] * 3
