@@ -20,10 +20,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data import remote
+from vmd_scale.data import remote, shards
 from vmd_scale.data.cache import CacheFull, ShardCache
 from vmd_scale.data.inspection import inspect
 from vmd_scale.data.manifest import FileRecord, read_manifest
+from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.data.verification import verify_share
@@ -183,6 +184,28 @@ def test_the_cache_is_bounded(prepared: DataConfig, elsewhere: str, tmp_path: Pa
         same_rows(reader, prepared, generator.integers(0, reader.rows, size=6))
         assert held(cache) <= cache.limit
     assert max(Troubled.transfers.values()) > 1  # it was too small for all
+
+
+def test_a_mixture_on_every_rank_leaves_room_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of a node keep mapped what they read last, of three corpora; the cache holds a few of their files."""
+    monkeypatch.setattr(shards, "PATIENCE", 0.0)
+    corpora = []
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"line {n} of corpus {name}" for n in range(1200)))
+        values = {"corpus": "text", "source": str(tmp_path / f"{name}.txt"), "shards": str(tmp_path / name)}
+        settings = {"tokenizer": "text8", "normalizer": "text8", "row_length": 32, "shard_tokens": 32 * ROWS_PER_SHARD}
+        prepare(DataConfig.model_validate({**values, **settings}), progress=False)
+        corpora.append({**values, "shards": f"file://{tmp_path / name}"})
+    limit = 48 * 1024  # bytes: so many files
+    cached = {"cache": str(tmp_path / "cache"), "cache_gib": limit / 2**30}
+    data = DataConfig.model_validate({**corpora[0], **settings, **cached, "mixture": tuple(corpora[1:])})
+    ranks = [training_rows(data, seed=0)[0] for _ in range(8)]
+    for shift in range(3):
+        for rank, reader in enumerate(ranks):
+            shards_of_each = np.arange(3) + 3 * (rank + shift)
+            starts = np.arange(3) * (reader.rows // 3)
+            reader.read(np.add.outer(starts, shards_of_each * ROWS_PER_SHARD).ravel())
+            assert held(ShardCache(cached["cache"], limit)) <= limit
 
 
 def test_what_is_open_is_never_evicted(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:
