@@ -24,7 +24,7 @@ import torch
 
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.config import load_config
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
 from vmd_scale.finetuning import LABELS, finetuning_config
@@ -85,7 +85,8 @@ def accuracies(run: Path) -> str:
     _, labels = label_tokens(trained.config, trained.tokenizer)
     shards = trained.config.data.shards
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
-    results = [classify(trained.model, ShardReader(shards, split), labels, split) for split in splits]
+    readers = {split: ShardReader(shards, split, cache=shard_cache(trained.config.data)) for split in splits}
+    results = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
     write_json(run / "classification.json", [result.to_dict() for result in results])
     return table(results)
 

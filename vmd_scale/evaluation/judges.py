@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from vmd_scale.data.cache import ShardCache
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.roles import Role
@@ -164,13 +165,18 @@ def parse_judge(spec: str) -> int | None:
     return int(order or 0)
 
 
-def load_judge(spec: str, shards: str, tokenizer: Tokenizer, device: torch.device) -> Judge:
-    """The judge of ``ngram:ORDER``, trained on the train split of `shards`, or of a folder. Raises what they raise."""
+def load_judge(
+    spec: str, shards: str, tokenizer: Tokenizer, device: torch.device, cache: ShardCache | None = None
+) -> Judge:
+    """The judge of ``ngram:ORDER``, trained on the train split of `shards`, or of a folder. Raises what they raise.
+
+    `cache` is as in `ShardReader`.
+    """
     order = parse_judge(spec)
     if order is None:
         return HuggingFaceJudge(spec, device)
     highest = max(n for n in range(1, NGRAM_ORDER + 1) if n_grams_fit(tokenizer.vocab_size, n))
-    return NGramJudge(ShardReader(shards, "train"), order or highest, end_of_text(tokenizer))
+    return NGramJudge(ShardReader(shards, "train", cache=cache), order or highest, end_of_text(tokenizer))
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
