@@ -17,6 +17,7 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vmd_scale.config import DataConfig
@@ -29,6 +30,8 @@ from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.data.verification import verify_share
 from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.evaluation.judges import load_judge
+from vmd_scale.tokenization import load_tokenizer
 
 ROWS_PER_SHARD = 16
 PLENTY = 10**9
@@ -130,6 +133,8 @@ def test_remote_rows_are_the_local_ones(
     assert names == {file.sha256 for file in reader.files()}
     monkeypatch.setenv("HOME", str(tmp_path))
     assert verify_folder(url) == read_manifest(prepared.shards)
+    load_judge("ngram:1", url, load_tokenizer("text8"), torch.device("cpu"), cache)
+    assert not (tmp_path / ".cache").exists()
     assert verify_share(url, ["train"], 0, 1) == (None, {})
     assert inspect(url) == inspect(prepared.shards)
     assert (tmp_path / ".cache" / "vmd_scale" / "shards").is_dir()
@@ -172,6 +177,25 @@ def test_transfers_that_always_fail(elsewhere: str, tmp_path: Path) -> None:
         read_manifest("troubled://nowhere")
     with pytest.raises(UserError, match=r"ftpx://a/manifest\.json: cannot be opened: Protocol not known: ftpx"):
         read_manifest("ftpx://a")
+
+
+def test_verifying_reads_what_is_there_and_not_the_copies(
+    prepared: DataConfig, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reader = ShardReader(elsewhere, "train")
+    same_rows(reader, prepared)  # now there is a copy of every file
+    Troubled.trouble["train-00001.roles"] = ["refused", "cut"]
+    assert verify_folder(elsewhere) == reader.manifest
+    name = "train-00001.tokens"
+    content = (Path(prepared.shards) / name).read_bytes()
+    for altered, message in ((b"?" + content[1:], "altered since it was written"), (content[:-2], "found 1022")):
+        fsspec.filesystem("troubled").pipe_file(f"/shards/{name}", altered)
+        with pytest.raises(UserError, match=rf"troubled://shards/{name}: .*{message}"):
+            verify_folder(elsewhere)
+    fsspec.filesystem("troubled").rm(f"/shards/{name}")
+    with pytest.raises(UserError, match=rf"troubled://shards/{name}: missing, but the manifest names it"):
+        verify_folder(elsewhere)
 
 
 def test_the_cache_is_bounded(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:

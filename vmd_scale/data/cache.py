@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -157,16 +158,35 @@ def _locked(path: Path, how: int, mode: str = "ab") -> Iterator[None]:
         yield
 
 
+def verify_remote(url: str, file: FileRecord) -> None:
+    """Read the file where it is and compare its checksum; nothing is kept.
+
+    Raises:
+        UserError: not there; not what the manifest says, each time that it was read.
+        RunFailed: it could not be read, again and again.
+    """
+    try:
+        persistently(url, lambda: deque(_chunks(url, file), maxlen=0))
+    except FileNotFoundError:
+        raise UserError(f"{url}: missing, but the manifest names it") from None
+
+
 def _copy(url: str, file: FileRecord, to: Path) -> None:
     """Fetch once; `Altered` when it is not what the manifest says."""
+    with open(to, "r+b") as copy:
+        copy.writelines(_chunks(url, file))
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _chunks(url: str, file: FileRecord) -> Iterator[bytes]:
+    """What is in the file; in the end `Altered` when it is not what the manifest says."""
     digest, size = hashlib.sha256(), 0
-    with fsspec.open(url, "rb") as source, open(to, "r+b") as copy:
+    with fsspec.open(url, "rb") as source:
         while size <= file.bytes and (chunk := source.read(CHUNK)):
             digest.update(chunk)
             size += len(chunk)
-            copy.write(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
+            yield chunk
     if size != file.bytes:
         raise Altered(f"{url}: truncated or altered: expected {file.bytes} bytes, found {size}")
     if digest.hexdigest() != file.sha256:

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.cache import CacheFull, ShardCache
+from vmd_scale.data.cache import CacheFull, ShardCache, verify_remote
 from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
 from vmd_scale.data.remote import is_remote
 from vmd_scale.errors import UserError
@@ -211,7 +211,7 @@ class ShardReader:
         """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
         for file in self.files() if files is None else files:
             if self._cache is not None:
-                self._cache.open(self._name(file), file).close()  # compares on fetching
+                verify_remote(self._name(file), file)  # not the copy, which was compared when it was fetched
                 continue
             self._check_size(file)
             found = sha256_of(Path(self._name(file)))
