@@ -121,7 +121,7 @@ class HuggingFaceJudge:
 
     def features(self, samples: Sequence[Sample]) -> np.ndarray | None:
         """The last hidden state of each text's last token, as MAUVE is published with (arXiv 2102.01454)."""
-        vectors = []
+        vectors = [np.zeros((0, self._model.config.hidden_size), dtype=np.float32)]  # ranks may have no text
         for start in range(0, len(samples), self._micro_batch):
             ids, attend = self._batch(samples[start : start + self._micro_batch])
             _, hidden = self._forward(ids, attend)
