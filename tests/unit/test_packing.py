@@ -105,8 +105,9 @@ def test_padding_without_a_pad_token_is_zero() -> None:
     assert rows.tolist() == [[5, 0, 0]]
 
 
+@pytest.mark.parametrize("length", [5, 4, 3, 2])
 @pytest.mark.parametrize("method", ["wrap", "pad", "document"])
-def test_pieces_make_one_document(method: str) -> None:
+def test_pieces_make_one_document(method: str, length: int) -> None:
     whole = [EncodedDocument(np.arange(9)), EncodedDocument(np.arange(4))]
     pieces = [
         EncodedDocument(np.arange(2), last=False),
@@ -114,7 +115,7 @@ def test_pieces_make_one_document(method: str) -> None:
         EncodedDocument(np.arange(8, 9)),
         EncodedDocument(np.arange(4)),
     ]
-    config = data(5, packing=method)
+    config = data(length, packing=method)
     assert packed(pieces, config)[0].tolist() == packed(whole, config)[0].tolist()
     assert packed(pieces, config)[2] == packed(whole, config)[2]
 
@@ -153,9 +154,11 @@ def test_document_packing_keeps_every_document_whole(
         patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
         rows, roles, counts = packed(encoded(documents), config, specials)
     assert np.array_equal(rows, whole[0])  # whatever the batches
-    closed = [[*document, 11] if specials else document for document in documents]
+    # Without the end token where it would be alone.
+    closed = [[*document, 11] if specials and len(document) % length else document for document in documents]
     parts = [document[at : at + length] for document in closed for at in range(0, len(document), length)]
     assert counts.split_documents == sum(len(document) > length for document in closed)
+    assert counts.dropped_tokens == sum(specials and len(document) % length == 0 for document in documents)
     found = []
     for n in range(len(rows)):
         assert roles is not None

@@ -2,7 +2,8 @@
 
 wrap      documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
 pad       one document a row, cut off at L or padded to it; of a prompt with its response, the prompt is given
-document  several whole documents a row, each closed likewise; one that is longer than L is cut into several
+document  several whole documents a row, each closed likewise; one that is longer than L is cut into several, and one
+          that then ends with its row is not closed: the end token would be a document of its own
 ready     documents that come as tokens (puzzles) are rows already; with wrap or pad
 """
 
@@ -214,22 +215,23 @@ def _pieces_that_fit(
     documents: Iterator[EncodedDocument], length: int, tokenizer: Tokenizer, counts: PackingCounts
 ) -> Iterator[np.ndarray]:
     """Ids [1 .. L] of a document with its end token, or of a part of one that is longer."""
-    pieces: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
     parts = 0
     for document in documents:
-        pieces.append(document.tokens)
-        if document.last and tokenizer.end_id is not None:
-            pieces.append(np.array([tokenizer.end_id], dtype=document.tokens.dtype))
-        text = np.concatenate(pieces)
+        text = np.concatenate([*rest, document.tokens])
         while len(text) > length or (len(text) == length and not document.last):
             yield text[:length]
             text, parts = text[length:], parts + 1
-        pieces = [text]
+        rest = [text]
         if document.last:
+            if tokenizer.end_id is not None:
+                full = len(text) == length or (parts and not len(text))
+                counts.dropped_tokens += bool(full)
+                text = text if full else np.append(text, np.array([tokenizer.end_id], dtype=text.dtype))
             if len(text):
                 yield text
             counts.split_documents += parts + (len(text) > 0) > 1
-            pieces, parts = [], 0
+            rest, parts = [], 0
 
 
 def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Rows]:
