@@ -61,7 +61,7 @@ def main() -> None:
     )
     code = start(config, args.output)
     if code == 0 and config.data.corpus == LABELS and rank_from_environment() == 0:
-        print(accuracies(args.output))
+        print(accuracies(args.output, "ema" if config.training.ema_decay else "raw"))
     sys.exit(code)
 
 
@@ -76,12 +76,12 @@ def parse_source(text: str | None) -> str | dict[str, str] | None:
     return {name: file for name, _, file in parts}
 
 
-def accuracies(run: Path) -> str:
+def accuracies(run: Path, weights: str) -> str:
     """Of validation and test; a table, and classification.json."""
     from vmd_scale.data.manifest import read_manifest
     from vmd_scale.evaluation.classification import classify, label_tokens, table
 
-    trained = load_trained(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(run, weights, device="cuda" if torch.cuda.is_available() else "cpu")
     _, labels = label_tokens(trained.config, trained.tokenizer)
     shards = trained.config.data.shards
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
