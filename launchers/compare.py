@@ -11,9 +11,8 @@ import argparse
 from pathlib import Path
 
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.evaluation.perplexity import read_results
 from vmd_scale.evaluation.tables import beside_published, table
-from vmd_scale.files import read_json
 
 
 @reports_user_errors
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--note", metavar="TEXT", help="why results that do not compare stand in one table")
     args = parser.parse_args()
 
-    by_file = {path: read_json(path, list[Result]) for path in args.files}
+    by_file = {path: read_results(path) for path in args.files}
     results = [result for found in by_file.values() for result in found]
     if not results:
         raise UserError(f"{', '.join(map(str, args.files))}: no results")

@@ -181,9 +181,10 @@ def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say:
         raise UserError(f"{error}; --temperature is at least 0, --nucleus in (0, 1]") from None
     samplers = [replace(plain, steps=steps) for steps in parse_step_list(args.steps, "--steps")]
     shards = args.shards or trained.config.data.shards
-    reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
+    cache = shard_cache(trained.config.data)
+    reader = ShardReader(shards, args.split, cache=cache)
     check_reader(reader, trained)
-    judge = load_judge(args.judge, shards, trained.tokenizer, next(trained.model.parameters()).device)
+    judge = load_judge(args.judge, shards, trained.tokenizer, next(trained.model.parameters()).device, cache)
     results = evaluate_generation(trained, samplers, judge, reader, args.count, args.seed, args.micro_batch, ranks)
     say(generation_table(results))
     return [result.to_dict() for result in results]

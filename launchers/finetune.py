@@ -24,7 +24,7 @@ import torch
 
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.config import load_config
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
 from vmd_scale.finetuning import LABELS, finetuning_config
@@ -61,7 +61,7 @@ def main() -> None:
     )
     code = start(config, args.output)
     if code == 0 and config.data.corpus == LABELS and rank_from_environment() == 0:
-        print(accuracies(args.output))
+        print(accuracies(args.output, "ema" if config.training.ema_decay else "raw"))
     sys.exit(code)
 
 
@@ -76,16 +76,17 @@ def parse_source(text: str | None) -> str | dict[str, str] | None:
     return {name: file for name, _, file in parts}
 
 
-def accuracies(run: Path) -> str:
+def accuracies(run: Path, weights: str) -> str:
     """Of validation and test; a table, and classification.json."""
     from vmd_scale.data.manifest import read_manifest
     from vmd_scale.evaluation.classification import classify, label_tokens, table
 
-    trained = load_trained(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(run, weights, device="cuda" if torch.cuda.is_available() else "cpu")
     _, labels = label_tokens(trained.config, trained.tokenizer)
     shards = trained.config.data.shards
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
-    results = [classify(trained.model, ShardReader(shards, split), labels, split) for split in splits]
+    readers = {split: ShardReader(shards, split, cache=shard_cache(trained.config.data)) for split in splits}
+    results = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
     write_json(run / "classification.json", [result.to_dict() for result in results])
     return table(results)
 

@@ -11,6 +11,8 @@ from vmd_scale.tokenization import load_tokenizer
 
 LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
+TEXT8 = ("text8", "text8_mdlm")  # tokenizers of nothing but the letters that text8, which comes so, has
+KEPT_DATA = ("row_length", "documents_per_row", "cache", "cache_gib", "workers")
 TRAINING = {
     "steps": 500,
     "global_batch": 32,
@@ -53,14 +55,15 @@ def finetuning_config(
     if corpus == LABELS and not values["latent"]["width"]:
         values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
     old = values["data"]
+    of_text8 = old["tokenizer"] in TEXT8 and corpus in (*WITH_PROMPTS, "text")
     values["data"] = {
         "corpus": corpus,
         "source": source,
         "tokenizer": tokenizer or old["tokenizer"],
-        "row_length": old["row_length"],
+        **{key: old[key] for key in KEPT_DATA},
         "packing": "pad" if corpus in WITH_PROMPTS else old["packing"],
         "row_specials": False if corpus in WITH_PROMPTS else old["row_specials"],
-        "normalizer": old["normalizer"],
+        "normalizer": old["normalizer"] or ("text8" if of_text8 else None),
         "shards": str(output / "shards"),
     }
     partial = bool(trainable) or lora_rank is not None

@@ -6,6 +6,8 @@ import random
 import pytest
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
+from vmd_scale.config import parse_config
+from vmd_scale.finetuning import finetuning_config
 
 WORDS = ["mask", "model", "token", "noise", "row"]
 LABELS = {"one": " yes", "two": " no"}
@@ -46,6 +48,36 @@ def test_labels_are_learned_and_their_accuracy_is_reported(lab, pretrained):
     assert results[1]["accuracy"] > 0.9
     assert results[1]["label_nll"] < 0.4
     assert f"{results[1]['accuracy']:.4f}" in finished.text
+
+
+def test_labels_without_an_average_are_scored_by_the_weights_themselves(lab, pretrained):
+    source = write(pretrained / "few.jsonl", news(60, seed=2))
+    options = ("--corpus", "labels", "--source", source, "--output", pretrained / "raw", *FAST)
+    more = ("--set", "training.ema_decay=0", "--set", "training.steps=2", "--set", "training.warmup_steps=1")
+    finished = lab.launch("finetune", "--from", pretrained / "plain", *options, *more)
+    assert finished.code == 0, finished.text
+    assert [r["split"] for r in json.loads((pretrained / "raw" / "classification.json").read_text())]
+
+
+def test_data_settings_are_those_of_the_weights(tmp_path):
+    """Capitals must not be an error because text8, unlike other texts, comes cleaned up."""
+    data = {"corpus": "text8", "tokenizer": "text8", "row_length": 32, "packing": "document", "shards": "old"}
+    kept = {"documents_per_row": 3, "cache": "fast", "cache_gib": 7.0, "workers": 2}
+    sizes = {"model": {"layers": 1, "width": 8, "heads": 1}, "training": {"global_batch": 1, "micro_batch": 1}}
+    sizes["training"]["steps"] = 1
+
+    def tuned(new_corpus, **changes):
+        base = parse_config({"data": {**data, **kept, **changes}, **sizes}, "test")
+        return finetuning_config("weights.pt", new_corpus, "pairs.jsonl", tmp_path, base=base).data
+
+    for corpus in ("prompts", "text"):
+        found = tuned(corpus)
+        assert {key: getattr(found, key) for key in kept} == kept
+        assert (found.normalizer, found.shards) == ("text8", str(tmp_path / "shards"))
+    assert tuned("text8").normalizer is None  # published so
+    lm1b = {"corpus": "lm1b", "tokenizer": "bert-base-uncased"}
+    assert tuned("prompts", **lm1b).normalizer is None  # lm1b's own detokenization is nothing for others
+    assert tuned("prompts", **lm1b, normalizer="ptb").normalizer == "ptb"
 
 
 def test_responses_are_learned_by_adapters_on_an_exported_folder_and_drawn_from_a_prompt(lab, pretrained):

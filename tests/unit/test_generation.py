@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,17 @@ import pytest
 import tokenizers
 import torch
 
+from vmd_scale.build import build_architecture
+from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.config import load_config
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation import generation
 from vmd_scale.evaluation.generation import as_judged, distinct_share, mauve_score, unigram_entropies
 from vmd_scale.evaluation.judges import HuggingFaceJudge, NGramJudge, Sample, load_judge, parse_judge
+from vmd_scale.evaluation.perplexity import Ranks
+from vmd_scale.model import VMD
 from vmd_scale.tokenization import SubwordTokenizer, load_tokenizer
 
 
@@ -127,6 +136,40 @@ def test_a_hugging_face_judge_counts_all_tokens_but_the_first(causal_model) -> N
     assert features.shape == (4, 16)
     alone = HuggingFaceJudge(str(folder), torch.device("cpu")).features(samples[:1])
     np.testing.assert_allclose(features[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_that_get_no_sample(lab, causal_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks, here threads, draw and judge two samples, and all find what one rank finds."""
+    size, meeting, shares = 4, threading.Barrier(4, timeout=20), [None] * 4
+
+    def gathered(mine: object, ranks: Ranks) -> list:
+        if ranks.size == 1:
+            return [mine]
+        shares[ranks.rank] = mine
+        meeting.wait()
+        found = list(shares)
+        meeting.wait()
+        return found
+
+    monkeypatch.setattr(generation, "_gathered", gathered)
+    monkeypatch.setattr(generation, "mauve_score", lambda reference, features: float((reference * features).sum()))
+    tokenizer, config = load_tokenizer("text8"), load_config(lab.config)
+    model = VMD(build_architecture(config, tokenizer.vocab_size)).eval()
+    trained = TrainedModel(model, config, tokenizer, 0, "raw", lab.folder)
+    judge = HuggingFaceJudge(str(causal_model[0]), torch.device("cpu"))
+
+    def on(ranks: Ranks) -> list[generation.GenerationResult]:
+        reader = ShardReader(lab.shards, "validation")
+        return generation.evaluate_generation(trained, [Sampler(2)], judge, reader, 2, 0, 4, ranks)
+
+    with ThreadPoolExecutor(size) as threads:
+        together = list(threads.map(on, [Ranks(rank, size) for rank in range(size)]))
+    for alone, *found in zip(on(Ranks()), *together, strict=True):
+        for one in found:
+            assert (one.steps, one.tokens, one.distinct) == (alone.steps, alone.tokens, alone.distinct)
+            assert one.generative_perplexity == pytest.approx(alone.generative_perplexity, rel=1e-4)
+            assert (one.mauve or 0) == pytest.approx(alone.mauve or 0, rel=1e-4)
+    assert judge.features([]).shape == (0, 16)
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

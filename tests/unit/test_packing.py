@@ -105,8 +105,9 @@ def test_padding_without_a_pad_token_is_zero() -> None:
     assert rows.tolist() == [[5, 0, 0]]
 
 
+@pytest.mark.parametrize("length", [5, 4, 3, 2])
 @pytest.mark.parametrize("method", ["wrap", "pad", "document"])
-def test_pieces_make_one_document(method: str) -> None:
+def test_pieces_make_one_document(method: str, length: int) -> None:
     whole = [EncodedDocument(np.arange(9)), EncodedDocument(np.arange(4))]
     pieces = [
         EncodedDocument(np.arange(2), last=False),
@@ -114,7 +115,7 @@ def test_pieces_make_one_document(method: str) -> None:
         EncodedDocument(np.arange(8, 9)),
         EncodedDocument(np.arange(4)),
     ]
-    config = data(5, packing=method)
+    config = data(length, packing=method)
     assert packed(pieces, config)[0].tolist() == packed(whole, config)[0].tolist()
     assert packed(pieces, config)[2] == packed(whole, config)[2]
 
@@ -153,9 +154,11 @@ def test_document_packing_keeps_every_document_whole(
         patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
         rows, roles, counts = packed(encoded(documents), config, specials)
     assert np.array_equal(rows, whole[0])  # whatever the batches
-    closed = [[*document, 11] if specials else document for document in documents]
+    # Without the end token where it would be alone.
+    closed = [[*document, 11] if specials and len(document) % length else document for document in documents]
     parts = [document[at : at + length] for document in closed for at in range(0, len(document), length)]
     assert counts.split_documents == sum(len(document) > length for document in closed)
+    assert counts.dropped_tokens == sum(specials and len(document) % length == 0 for document in documents)
     found = []
     for n in range(len(rows)):
         assert roles is not None
@@ -183,3 +186,23 @@ def test_document_packing_fills_rows() -> None:
 def test_document_packing_takes_no_row_specials() -> None:
     with pytest.raises(UserError, match=r"data\.row_specials .*not with 'document'"):
         packed(encoded([[1]]), data(4, packing="document", row_specials=True))
+
+
+@pytest.mark.parametrize(
+    ("ready", "wrong", "allowed"),
+    [
+        (True, {"packing": "document"}, [{"packing": "wrap"}, {"packing": "pad"}]),
+        (False, {"packing": "document"}, [{"packing": "pad"}]),
+        (False, {"packing": "wrap"}, [{"packing": "pad"}]),
+        (False, {"packing": "pad", "row_specials": True}, [{"packing": "pad"}]),
+    ],
+)
+def test_puzzles_and_prompts_are_packed_in_their_own_way_only(ready, wrong, allowed):
+    """Otherwise a latent would be lost without a word, or padding attended."""
+    documents = [EncodedDocument(np.arange(4, dtype=np.uint16), ready=ready, given=np.arange(4) < 2)] * 3
+    with pytest.raises(UserError, match=rf"data\.packing '{wrong['packing']}'.* found, .*corpus 'text'.* allowed"):
+        packed(documents, data(4, **wrong))
+    for values in allowed:
+        tokens, roles, _ = packed(documents, data(4, **values), specials=False)
+        assert tokens.tolist() == [[0, 1, 2, 3]] * 3
+        assert roles.tolist() == [[Role.GIVEN] * 2 + [Role.ORDINARY] * 2] * 3

@@ -17,17 +17,21 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data import remote
+from vmd_scale.data import remote, shards
 from vmd_scale.data.cache import CacheFull, ShardCache
 from vmd_scale.data.inspection import inspect
 from vmd_scale.data.manifest import FileRecord, read_manifest
+from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.data.verification import verify_share
 from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.evaluation.judges import load_judge
+from vmd_scale.tokenization import load_tokenizer
 
 ROWS_PER_SHARD = 16
 PLENTY = 10**9
@@ -129,6 +133,8 @@ def test_remote_rows_are_the_local_ones(
     assert names == {file.sha256 for file in reader.files()}
     monkeypatch.setenv("HOME", str(tmp_path))
     assert verify_folder(url) == read_manifest(prepared.shards)
+    load_judge("ngram:1", url, load_tokenizer("text8"), torch.device("cpu"), cache)
+    assert not (tmp_path / ".cache").exists()
     assert verify_share(url, ["train"], 0, 1) == (None, {})
     assert inspect(url) == inspect(prepared.shards)
     assert (tmp_path / ".cache" / "vmd_scale" / "shards").is_dir()
@@ -173,6 +179,25 @@ def test_transfers_that_always_fail(elsewhere: str, tmp_path: Path) -> None:
         read_manifest("ftpx://a")
 
 
+def test_verifying_reads_what_is_there_and_not_the_copies(
+    prepared: DataConfig, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reader = ShardReader(elsewhere, "train")
+    same_rows(reader, prepared)  # now there is a copy of every file
+    Troubled.trouble["train-00001.roles"] = ["refused", "cut"]
+    assert verify_folder(elsewhere) == reader.manifest
+    name = "train-00001.tokens"
+    content = (Path(prepared.shards) / name).read_bytes()
+    for altered, message in ((b"?" + content[1:], "altered since it was written"), (content[:-2], "found 1022")):
+        fsspec.filesystem("troubled").pipe_file(f"/shards/{name}", altered)
+        with pytest.raises(UserError, match=rf"troubled://shards/{name}: .*{message}"):
+            verify_folder(elsewhere)
+    fsspec.filesystem("troubled").rm(f"/shards/{name}")
+    with pytest.raises(UserError, match=rf"troubled://shards/{name}: missing, but the manifest names it"):
+        verify_folder(elsewhere)
+
+
 def test_the_cache_is_bounded(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:
     """Rows in any order, with room for five of the many files: all are right, and never more is held."""
     cache = ShardCache(tmp_path, 5 * 1024)
@@ -183,6 +208,28 @@ def test_the_cache_is_bounded(prepared: DataConfig, elsewhere: str, tmp_path: Pa
         same_rows(reader, prepared, generator.integers(0, reader.rows, size=6))
         assert held(cache) <= cache.limit
     assert max(Troubled.transfers.values()) > 1  # it was too small for all
+
+
+def test_a_mixture_on_every_rank_leaves_room_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks of a node keep mapped what they read last, of three corpora; the cache holds a few of their files."""
+    monkeypatch.setattr(shards, "PATIENCE", 0.0)
+    corpora = []
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"line {n} of corpus {name}" for n in range(1200)))
+        values = {"corpus": "text", "source": str(tmp_path / f"{name}.txt"), "shards": str(tmp_path / name)}
+        settings = {"tokenizer": "text8", "normalizer": "text8", "row_length": 32, "shard_tokens": 32 * ROWS_PER_SHARD}
+        prepare(DataConfig.model_validate({**values, **settings}), progress=False)
+        corpora.append({**values, "shards": f"file://{tmp_path / name}"})
+    limit = 48 * 1024  # bytes: so many files
+    cached = {"cache": str(tmp_path / "cache"), "cache_gib": limit / 2**30}
+    data = DataConfig.model_validate({**corpora[0], **settings, **cached, "mixture": tuple(corpora[1:])})
+    ranks = [training_rows(data, seed=0)[0] for _ in range(8)]
+    for shift in range(3):
+        for rank, reader in enumerate(ranks):
+            shards_of_each = np.arange(3) + 3 * (rank + shift)
+            starts = np.arange(3) * (reader.rows // 3)
+            reader.read(np.add.outer(starts, shards_of_each * ROWS_PER_SHARD).ravel())
+            assert held(ShardCache(cached["cache"], limit)) <= limit
 
 
 def test_what_is_open_is_never_evicted(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:
@@ -219,10 +266,30 @@ def test_the_least_recently_opened_goes_first(elsewhere: str, tmp_path: Path) ->
 
 def test_what_a_killed_process_left_is_thrown_away(elsewhere: str, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 1500)
-    (tmp_path / "0123.tmp").write_bytes(bytes(1400))
+    (tmp_path / f"{'0123' * 16}.tmp").write_bytes(bytes(1400))
     file = ShardReader(elsewhere, "train").files()[0]
     cache.open(f"{elsewhere}/{file.name}", file).close()
     assert held(cache) == file.bytes
+
+
+def test_files_of_others_in_the_folder_stay(elsewhere: str, tmp_path: Path) -> None:
+    """However small the cache, and however old they are."""
+    names = (
+        "notes.txt",
+        "train-00000.tokens",
+        "draft.tmp",
+        "draft.lock",
+        "cafe",
+        "A" * 64,
+        "0" * 63,
+        "0" * 64 + ".txt",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 100)
+        os.utime(tmp_path / name, (0, 0))
+    reader = ShardReader(elsewhere, "train", cache=ShardCache(tmp_path, 2 * 1024))
+    reader.read(np.arange(reader.rows))
+    assert {name: (tmp_path / name).read_bytes() for name in names} == {name: name.encode() * 100 for name in names}
 
 
 def test_many_at_once_fetch_a_file_once(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.config import load_config
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.generation import GenerationResult
 from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.export.card import results_of
 from vmd_scale.report import read_run, write_report
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -137,6 +140,27 @@ def test_a_damaged_evaluation_is_named(run):
     (run / "evaluation.json").write_text(json.dumps([result(0)]))
     with pytest.raises(UserError, match=r"evaluation\.json.*steps 0"):
         write_report(run)
+
+
+def drawn(**changes):
+    values = {"protocol": "generation", "judge": "gpt2", "steps": "data", "latent": "none", "paths": "none"}
+    values |= {"samples": 2, "tokens": 64, "generative_perplexity": 9.0, "standard_error": 0.1, "seed": 0}
+    values |= {"unigram_entropy": 2.0, "unigram_entropy_error": 0.1, "distinct": {}, "weights": "ema", "step": 20}
+    return GenerationResult(**{**values, "row_length": 32, **changes}).to_dict()
+
+
+def test_figures_of_samples_beside_the_bounds_are_passed_over(run, tmp_path):
+    """evaluate.py may have written them: by the report, and by the card of an exported model."""
+    bound = Result(**result(4))
+    for records, wanted in (([drawn()], []), ([drawn(), bound.to_dict(), drawn(steps=4)], [bound])):
+        (run / "evaluation.json").write_text(json.dumps(records))
+        assert read_run(run).final == wanted
+        write_report(run)
+        trained = TrainedModel(None, None, None, 20, "ema", run / "checkpoints" / "step-20")
+        assert results_of(trained, None) == wanted
+    (tmp_path / "drawn.json").write_text(json.dumps([drawn()]))
+    with pytest.raises(UserError, match=r"--evaluation .*drawn\.json holds no bounds"):
+        results_of(trained, tmp_path / "drawn.json")
 
 
 def add_events(run):

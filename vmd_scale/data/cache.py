@@ -10,12 +10,15 @@ out of date. What is open is locked by the kernel (flock), which forgets no lock
     evicting    the least recently opened file goes first, if an exclusive lock on it can be had: nobody has it open
 
 A shuffled order asks for rows of all shards all the time: a cache that is smaller than the corpus works, slowly.
+Files of other names that are in the folder are neither counted nor touched.
 """
 
 import fcntl
 import hashlib
 import logging
 import os
+import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +32,7 @@ from vmd_scale.errors import UserError
 
 CHUNK = 1 << 23
 DEFAULT_FOLDER = Path("~/.cache/vmd_scale/shards")
+COPY = re.compile(r"[0-9a-f]{64}(\.tmp)?")
 
 log = logging.getLogger(__name__)
 
@@ -96,11 +100,11 @@ class ShardCache:
     def _make_room(self, needed: int) -> None:
         """Evict until `needed` bytes fit. The caller is `counting`."""
         sizes: dict[Path, tuple[float, int]] = {}  # when it was last opened, bytes
-        for path in self.folder.iterdir():
+        for path in filter(lambda path: COPY.fullmatch(path.name), self.folder.iterdir()):
             with suppress(FileNotFoundError):
                 if path.suffix == ".tmp" and _is_free(path.with_suffix(".lock")):
                     path.unlink()  # likewise
-                elif path.suffix != ".lock":
+                else:
                     status = path.stat()
                     sizes[path] = status.st_mtime, status.st_size
         used = sum(size for _, size in sizes.values())
@@ -148,22 +152,41 @@ def _is_free(lock: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, how: int, mode: str = "wb") -> Iterator[None]:
+def _locked(path: Path, how: int, mode: str = "ab") -> Iterator[None]:
     with open(path, mode) as file:
         fcntl.flock(file, how)
         yield
 
 
+def verify_remote(url: str, file: FileRecord) -> None:
+    """Read the file where it is and compare its checksum; nothing is kept.
+
+    Raises:
+        UserError: not there; not what the manifest says, each time that it was read.
+        RunFailed: it could not be read, again and again.
+    """
+    try:
+        persistently(url, lambda: deque(_chunks(url, file), maxlen=0))
+    except FileNotFoundError:
+        raise UserError(f"{url}: missing, but the manifest names it") from None
+
+
 def _copy(url: str, file: FileRecord, to: Path) -> None:
     """Fetch once; `Altered` when it is not what the manifest says."""
+    with open(to, "r+b") as copy:
+        copy.writelines(_chunks(url, file))
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def _chunks(url: str, file: FileRecord) -> Iterator[bytes]:
+    """What is in the file; in the end `Altered` when it is not what the manifest says."""
     digest, size = hashlib.sha256(), 0
-    with fsspec.open(url, "rb") as source, open(to, "r+b") as copy:
+    with fsspec.open(url, "rb") as source:
         while size <= file.bytes and (chunk := source.read(CHUNK)):
             digest.update(chunk)
             size += len(chunk)
-            copy.write(chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
+            yield chunk
     if size != file.bytes:
         raise Altered(f"{url}: truncated or altered: expected {file.bytes} bytes, found {size}")
     if digest.hexdigest() != file.sha256:

@@ -91,7 +91,8 @@ def training_rows(data: DataConfig, seed: int) -> tuple["ShardReader | MixtureRe
         UserError: see `ShardReader` and `MixtureOrder`.
     """
     corpora = data.corpora()
-    readers = [ShardReader(each.shards, "train", cache=shard_cache(each)) for each in corpora]
+    cache, sharing = shard_cache(data), len(corpora)
+    readers = [ShardReader(each.shards, "train", cache=cache, sharing=sharing) for each in corpora]
     if len(readers) == 1:
         return readers[0], SampleOrder(readers[0].rows, seed)
     order = MixtureOrder([reader.rows for reader in readers], [each.weight for each in corpora], seed)

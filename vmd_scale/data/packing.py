@@ -2,8 +2,9 @@
 
 wrap      documents one after the other, each closed by the tokenizer's end token if it has one; cut every L
 pad       one document a row, cut off at L or padded to it; of a prompt with its response, the prompt is given
-document  several whole documents a row, each closed likewise; one that is longer than L is cut into several
-ready     documents that come as tokens (puzzles) are rows already
+document  several whole documents a row, each closed likewise; one that is longer than L is cut into several, and one
+          that then ends with its row is not closed: the end token would be a document of its own
+ready     documents that come as tokens (puzzles) are rows already; with wrap or pad
 """
 
 from bisect import bisect_left, insort
@@ -77,13 +78,15 @@ def pack(
     The rows depend on the stream of documents alone, not on how it was cut into batches.
 
     Raises:
-        UserError: see `check_packing`; a ready document whose length is not data.row_length.
+        UserError: see `check_packing`; ready documents or prompts with a packing that is not for them; a ready document
+            whose length is not data.row_length.
     """
     check_packing(config, tokenizer)
     iterator = iter(documents)
     first = next(iterator, None)
     if first is None:
         return iter(())
+    _check_kind(first, config)
     stream = _with_first(first, iterator)
     if first.ready:
         return _ready(stream, config)
@@ -94,6 +97,20 @@ def pack(
     if config.packing == "document":
         return _batches(_rows_of_documents(stream, config, tokenizer, counts), config, tokenizer)
     return _pad(stream, config, tokenizer, counts)
+
+
+def _check_kind(first: EncodedDocument, config: DataConfig) -> None:
+    """Corpora have documents of one kind: the first one tells which."""
+    if first.ready and config.packing == "document":  # nothing would mark where a document, and its latent, begins
+        raise UserError(
+            f"data.packing 'document' found, but the documents of corpus {config.corpus!r} come as rows of tokens: "
+            "'wrap' or 'pad' are allowed"
+        )
+    if not first.ready and first.given is not None and (config.packing != "pad" or config.row_specials):
+        raise UserError(
+            f"data.packing {config.packing!r} and data.row_specials {str(config.row_specials).lower()} found, but the "
+            f"documents of corpus {config.corpus!r} have prompts: only 'pad' and false are allowed"
+        )
 
 
 def _with_first(first: EncodedDocument, rest: Iterator[EncodedDocument]) -> Iterator[EncodedDocument]:
@@ -198,22 +215,23 @@ def _pieces_that_fit(
     documents: Iterator[EncodedDocument], length: int, tokenizer: Tokenizer, counts: PackingCounts
 ) -> Iterator[np.ndarray]:
     """Ids [1 .. L] of a document with its end token, or of a part of one that is longer."""
-    pieces: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
     parts = 0
     for document in documents:
-        pieces.append(document.tokens)
-        if document.last and tokenizer.end_id is not None:
-            pieces.append(np.array([tokenizer.end_id], dtype=document.tokens.dtype))
-        text = np.concatenate(pieces)
+        text = np.concatenate([*rest, document.tokens])
         while len(text) > length or (len(text) == length and not document.last):
             yield text[:length]
             text, parts = text[length:], parts + 1
-        pieces = [text]
+        rest = [text]
         if document.last:
+            if tokenizer.end_id is not None:
+                full = len(text) == length or (parts and not len(text))
+                counts.dropped_tokens += bool(full)
+                text = text if full else np.append(text, np.array([tokenizer.end_id], dtype=text.dtype))
             if len(text):
                 yield text
             counts.split_documents += parts + (len(text) > 0) > 1
-            pieces, parts = [], 0
+            rest, parts = [], 0
 
 
 def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Rows]:

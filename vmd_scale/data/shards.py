@@ -18,14 +18,14 @@ from typing import IO
 import numpy as np
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.cache import CacheFull, ShardCache
+from vmd_scale.data.cache import CacheFull, ShardCache, verify_remote
 from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
 from vmd_scale.data.remote import is_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 
 DEFAULT_CACHE_BYTES = 100 * 2**30
-READERS = 16  # of a node, that may hold remote files mapped without being in each other's way
+READERS = 16  # that share a node's cache: eight processes, each with its training and its validation rows
 PATIENCE = 60.0  # seconds for those who do not hold, but read
 MAPPED_FILES = 512  # at once; the kernel limits the number of maps of a process
 
@@ -115,6 +115,8 @@ class ShardReader:
         manifest: given by who has read (or received) it already; null reads it.
         check_sizes: look at every local file's size at once. Of many ranks one is enough: each checks what it maps.
         cache: for remote files; null is the default one.
+        sharing: readers of this process that are open at the same time, but for that of the validation rows. So many
+            share what one would map of the cache, and none waits for another to let go.
 
     Raises:
         UserError: see `read_manifest`; a split that was not prepared; a missing or truncated file.
@@ -128,6 +130,7 @@ class ShardReader:
         manifest: Manifest | None = None,
         check_sizes: bool = True,
         cache: ShardCache | None = None,
+        sharing: int = 1,
     ) -> None:
         self.folder = folder if is_remote(folder) else Path(folder)
         self._cache = (cache or ShardCache(None, DEFAULT_CACHE_BYTES)) if is_remote(folder) else None
@@ -148,7 +151,7 @@ class ShardReader:
         self._most_mapped = MAPPED_FILES
         if self._cache is not None:
             largest = max(file.bytes for file in self.files())
-            self._most_mapped = min(MAPPED_FILES, self._cache.limit // (READERS * largest))
+            self._most_mapped = min(MAPPED_FILES, self._cache.limit // (READERS * sharing * largest))
         self.rows = self._record.rows
         self.row_length = self.manifest.row_length
         self.has_roles = self._shards[0].roles is not None
@@ -208,7 +211,7 @@ class ShardReader:
         """Read the files, or all there are, and compare checksums. `UserError` names the one that was altered."""
         for file in self.files() if files is None else files:
             if self._cache is not None:
-                self._cache.open(self._name(file), file).close()  # compares on fetching
+                verify_remote(self._name(file), file)  # not the copy, which was compared when it was fetched
                 continue
             self._check_size(file)
             found = sha256_of(Path(self._name(file)))

@@ -77,7 +77,7 @@ def evaluate_generation(
     for sampler in samplers:
         mine = torch.arange(count)[ranks.rank :: ranks.size]
         rows: dict[int, list[int]] = {}
-        for some in mine.split(micro_batch):
+        for some in mine.split(micro_batch) if len(mine) else ():
             drawn = sample(trained.model, sampler, Noise(seed), some)
             rows |= dict(zip(some.tolist(), drawn.tolist(), strict=True))
         rows = {number: ids for share in _gathered(rows, ranks) for number, ids in share.items()}

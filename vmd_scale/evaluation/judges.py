@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from vmd_scale.data.cache import ShardCache
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.roles import Role
@@ -120,7 +121,7 @@ class HuggingFaceJudge:
 
     def features(self, samples: Sequence[Sample]) -> np.ndarray | None:
         """The last hidden state of each text's last token, as MAUVE is published with (arXiv 2102.01454)."""
-        vectors = []
+        vectors = [np.zeros((0, self._model.config.hidden_size), dtype=np.float32)]  # ranks may have no text
         for start in range(0, len(samples), self._micro_batch):
             ids, attend = self._batch(samples[start : start + self._micro_batch])
             _, hidden = self._forward(ids, attend)
@@ -164,13 +165,18 @@ def parse_judge(spec: str) -> int | None:
     return int(order or 0)
 
 
-def load_judge(spec: str, shards: str, tokenizer: Tokenizer, device: torch.device) -> Judge:
-    """The judge of ``ngram:ORDER``, trained on the train split of `shards`, or of a folder. Raises what they raise."""
+def load_judge(
+    spec: str, shards: str, tokenizer: Tokenizer, device: torch.device, cache: ShardCache | None = None
+) -> Judge:
+    """The judge of ``ngram:ORDER``, trained on the train split of `shards`, or of a folder. Raises what they raise.
+
+    `cache` is as in `ShardReader`.
+    """
     order = parse_judge(spec)
     if order is None:
         return HuggingFaceJudge(spec, device)
     highest = max(n for n in range(1, NGRAM_ORDER + 1) if n_grams_fit(tokenizer.vocab_size, n))
-    return NGramJudge(ShardReader(shards, "train"), order or highest, end_of_text(tokenizer))
+    return NGramJudge(ShardReader(shards, "train", cache=cache), order or highest, end_of_text(tokenizer))
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:

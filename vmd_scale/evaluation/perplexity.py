@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vmd_scale.diffusion.paths import LAWS, RANDOM_LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import Protocol, get_protocol
+from vmd_scale.files import checked, read_json
 from vmd_scale.model import VMD
 
 Score = Callable[[Rows, Tensor], Tensor]  # rows and their counted positions -> nats [B]
@@ -60,6 +62,16 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Optional values are left out where there are none."""
         return {k: v for k, v in asdict(self).items() if v is not None or k not in ("vmd_surrogate", "caveat", "data")}
+
+
+def read_results(path: Path) -> list[Result]:
+    """The bounds of a file that evaluate.py wrote; figures of samples in it (protocol generation) are passed over.
+
+    Raises:
+        UserError: see `read_json`.
+    """
+    records = read_json(path, list[dict[str, Any]])
+    return checked(list[Result], [r for r in records if r.get("protocol") != "generation"], str(path))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
-from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.export.standalone import FILE_NAME
-from vmd_scale.files import checked, read_json
+from vmd_scale.files import checked
 
 MEASURED = (
     "protocol",
@@ -32,11 +32,13 @@ def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
     """What was measured of exactly these weights: in the file that the user names, else in the run folder.
 
     Raises:
-        UserError: the named file holds results of another step or of other weights.
+        UserError: the named file holds no bounds, or some of another step or of other weights.
     """
     wanted = (trained.step, trained.weights)
     if named is not None:
-        results = read_json(named, list[Result])
+        results = read_results(named)
+        if not results:
+            raise UserError(f"--evaluation {named} holds no bounds: expected what evaluate.py wrote with --json")
         for result in results:
             if (result.step, result.weights) != wanted:
                 raise UserError(
@@ -50,7 +52,7 @@ def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
         lines = (run / RUN_RESULTS[0]).read_text(encoding="utf-8").splitlines()
         found += [checked(Result, json.loads(line), str(run / RUN_RESULTS[0])) for line in lines if line.endswith("}")]
     if (run / RUN_RESULTS[1]).is_file():
-        found += read_json(run / RUN_RESULTS[1], list[Result])
+        found += read_results(run / RUN_RESULTS[1])
     return [result for result in found if (result.step, result.weights) == wanted]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from vmd_scale.config import Config, load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.latent import LatentUsage
-from vmd_scale.evaluation.perplexity import Result
+from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.files import checked, read_json
 from vmd_scale.training.status import Status, read_status
 from vmd_scale.training.telemetry import EVALUATIONS, EVENTS, LATENT, LOG, METRICS
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
         what = "holds no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: not a run folder, {what}; expected what launchers/pretrain.py wrote with --output")
     validation = [checked(Result, r, str(folder / EVALUATIONS)) for r in _read_lines(folder / EVALUATIONS)]
-    final = _optional(folder / FINAL, list[Result], [])
+    final = read_results(folder / FINAL) if (folder / FINAL).is_file() else []
     for where, results in ((EVALUATIONS, validation), (FINAL, final)):
         for result in results:
             _check_steps(result.steps, folder / where)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vmd_scale.build import masks_of
 from vmd_scale.data.corpora.toy2d import GRID, toy2d_distribution, toy2d_draws
 from vmd_scale.data.loader import evaluation_batches
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.likelihood import Rows, importance_weighted
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
@@ -116,7 +116,7 @@ def solved(model: Model) -> list[Measurement]:
     own = model.trained.config.data
     found = []
     for name, data in {"validation": own, **model.other_data}.items():
-        reader = ShardReader(data.shards, "validation")
+        reader = ShardReader(data.shards, "validation", cache=shard_cache(data))
         for law in ("top_prob", "margin", "balanced"):
             for steps in (5, 10, 20):
                 for tokens in ("argmax", "drawn"):
@@ -152,7 +152,7 @@ def bounds(
             micro_batch=min(64, trained.config.training.micro_batch),
             surrogate=with_surrogate,
         )
-        reader = ShardReader(trained.config.data.shards, split)
+        reader = ShardReader(trained.config.data.shards, split, cache=shard_cache(trained.config.data))
         results = evaluate(trained.model, reader, request, "ema", trained.step)
         if tight:
             samples = (model.sizes.importance_samples,)

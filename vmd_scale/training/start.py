@@ -11,7 +11,7 @@ import torch.distributed as dist
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
-from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
@@ -82,7 +82,7 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
         manifest = read_manifest(config.data.shards)
         for protocol in config.evaluation.protocols:
             get_protocol(protocol).check(manifest)
-        if ShardReader(config.data.shards, "validation", manifest).rows < 2:
+        if ShardReader(config.data.shards, "validation", manifest, cache=shard_cache(config.data)).rows < 2:
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
     for data in config.data.corpora():
         problem, mine = verify_share(data.shards, splits, world.rank, world.size)
