@@ -119,10 +119,7 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     try:
         _on_main(world, lock.acquire)
         trainer = Trainer(config, run_folder, world, tokenizer)
-        _on_main(
-            world,
-            lambda: check_disk(run_folder, trainer.parameters, training.keep_checkpoints, bool(training.ema_decay)),
-        )
+        _on_main(world, lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
