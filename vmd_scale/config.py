@@ -318,6 +318,13 @@ class Config(Section):
         if training.init_from is None and (training.trainable or training.lora):
             key = "trainable" if training.trainable else "lora"
             raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
+        if training.fp8 and training.lora is not None:
+            raise ValueError("training.fp8 replaces the linear layers that training.lora adapts: leave one of them out")
+        if training.fp8 and training.micro_batch * self.data.row_length % 16:  # what fp8 matrix products are made of
+            raise ValueError(
+                f"training.fp8 needs training.micro_batch ({training.micro_batch}) x data.row_length "
+                f"({self.data.row_length}) to be a multiple of 16"
+            )
         if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
             raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
         for key in ("zero_optimization", "bf16", "fp16"):

@@ -55,6 +55,21 @@ def test_overrides(tmp_path, override, section, key, value):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"lora": {"rank": 2}, "init_from": "x"}, [r"training\.fp8", r"training\.lora"]),
+        ({"micro_batch": 1}, [r"training\.micro_batch \(1\)", r"data\.row_length \(24\)", "16"]),
+    ],
+)
+def test_fp8_contradicts_adapters_and_numbers_of_positions_that_it_cannot_multiply(overrides, words):
+    values = {**MINIMAL, "data": {**MINIMAL["data"], "row_length": 24}}
+    with_fp8 = {**MINIMAL["training"], "fp8": True}
+    parse_config({**values, "training": with_fp8}, "good")
+    with pytest.raises(UserError, match=".*".join(words)):
+        parse_config({**values, "training": {**with_fp8, **overrides}}, "bad")
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("training.micro_batsh=4", ["training.micro_batsh", "training.micro_batch"]),
