@@ -83,7 +83,7 @@ def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
     """The configuration that weights come with, and the folder of their tokenizer where that is with them too."""
     path = Path(weights)
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        return _parsed(read_json(find_checkpoint(path) / RUN_STATE, dict[str, Any])["config"], weights), None
+        return _parsed(read_json(find_checkpoint(path, "--from") / RUN_STATE, dict[str, Any])["config"], weights), None
     if (path / "config.json").is_file():
         exported = read_json(path / "config.json", dict[str, Any]).get("vmd_scale")
         if isinstance(exported, dict) and "config" in exported:
