@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +85,16 @@ def test_a_label_that_training_never_saw_is_an_error(tmp_path):
     records[18] = {"prompt": "a", "label": " z"}  # of validation
     with pytest.raises(UserError, match="label ' z' of the validation split does not occur in training"):
         prepare(config_of(tmp_path, "labels", records).data, progress=False)
+
+
+@pytest.mark.parametrize("row_specials", [False, True])
+def test_a_prompt_begins_as_training_rows_do(tmp_path, row_specials):
+    text = [{"prompt": "a", "response": "b"}]
+    config = config_of(tmp_path, "text", text, packing="wrap", tokenizer="text8_mdlm", row_specials=row_specials)
+    tokenizer = load_tokenizer("text8_mdlm")
+    path = Path(__file__).resolve().parents[2] / "launchers" / "sample.py"
+    tokens = runpy.run_path(str(path))["prompt_tokens"]("ab", SimpleNamespace(config=config, tokenizer=tokenizer))
+    assert tokens.tolist() == [tokenizer.begin_id] * row_specials + tokenizer.encode("ab").tolist()
 
 
 @pytest.mark.parametrize("latent_width", [0, 2])
