@@ -361,6 +361,19 @@ class Config(Section):
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
+    def publishable(self) -> dict[str, Any]:
+        """All of it but where files lie on this machine. Data sets of a hub (hf:) keep their names."""
+        values = self.model_dump(mode="json")
+        for number, corpus in enumerate((values["data"], *values["data"]["mixture"])):
+            source = corpus["source"]
+            names = source.values() if isinstance(source, dict) else [source]
+            if not all(str(name).startswith("hf:") for name in names):
+                corpus["source"] = None
+            corpus["shards"] = f"shards-{number}" if number else "shards"  # a folder of its own, as is required
+        values["data"] |= {"cache": None, "tokenizer": Path(self.data.tokenizer).name}
+        values["training"]["init_from"] = None
+        return values
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 

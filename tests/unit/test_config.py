@@ -108,3 +108,18 @@ def test_the_kl_weight_rises_linearly_and_stays():
 def test_step_lists_of_the_command_line(text):
     with pytest.raises(UserError, match="--steps"):
         parse_step_list(text, "--steps")
+
+
+def test_what_is_published_names_no_place_on_this_machine_and_is_a_configuration():
+    private = {"source": "/home/me/a", "shards": "/home/me/b"}
+    data = {**MINIMAL["data"], **private, "tokenizer": "/home/me/tok", "cache": "/home/me/c"}
+    other = {"corpus": "text", "source": {"train": "/home/me/d"}, "shards": "/home/me/e"}
+    hub = {"corpus": "text", "source": "hf:some/name", "shards": "s3://home/me/f"}
+    training = {**MINIMAL["training"], "init_from": "/home/me/g", "trainable": ["*"]}
+    config = parse_config({"data": {**data, "mixture": [other, hub]}, "training": training}, "private")
+    published = config.publishable()
+    assert "home/me" not in json.dumps(published)
+    assert published["data"]["mixture"][1]["source"] == "hf:some/name"
+    assert published["training"]["trainable"] == ["*"]
+    published["training"]["trainable"] = []
+    assert parse_config(published, "published").data.tokenizer == "tok"
