@@ -102,7 +102,7 @@ class _WeightedNLL(torch.autograd.Function):
         chunk = max(1, elements // len(matrix))
         d_rows = torch.empty_like(rows)
         d_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        d_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         score = _compiled() if compiled else _nll_and_gradient
         parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
