@@ -45,7 +45,8 @@ def finetuning_config(
         overrides: ``a.b=value``, applied last.
 
     Raises:
-        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides.
+        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; labels for a
+            network that draws block by block.
     """
     values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
@@ -76,7 +77,13 @@ def finetuning_config(
     values["model"]["attention"] = "auto"
     values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
     values["telemetry"]["log_every"] = 10
-    return parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    config = parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    if corpus == LABELS and config.groups > 1:
+        raise UserError(
+            f"--corpus labels: needs diffusion.block_size=null, found {config.diffusion.block_size}; labels are scored "
+            "under the sampler that draws the whole row in one step"
+        )
+    return config
 
 
 def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:

@@ -19,6 +19,7 @@ from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import label_log_probabilities, label_tokens
+from vmd_scale.finetuning import finetuning_config
 from vmd_scale.model import VMD, Architecture
 from vmd_scale.tokenization import load_tokenizer
 
@@ -85,6 +86,17 @@ def test_a_label_that_training_never_saw_is_an_error(tmp_path):
     records[18] = {"prompt": "a", "label": " z"}  # of validation
     with pytest.raises(UserError, match="label ' z' of the validation split does not occur in training"):
         prepare(config_of(tmp_path, "labels", records).data, progress=False)
+
+
+def test_labels_that_cannot_be_scored_are_refused(tmp_path):
+    config = config_of(tmp_path, "labels", [{"prompt": "a", "label": lab} for lab in (" x", "y" * 13)] * 20)
+    with pytest.raises(UserError, match=r"longest label has 13 tokens, but data\.row_length is 12"):
+        prepare(config.data, progress=False)
+    blocks = parse_config(config.model_dump(mode="json") | {"diffusion": {"block_size": 4}}, "test")
+    options = {"weights": "w", "source": None, "output": tmp_path, "base": blocks}
+    assert finetuning_config(corpus="prompts", **options).groups == 3
+    with pytest.raises(UserError, match=r"diffusion\.block_size=null, found 4"):
+        finetuning_config(corpus="labels", **options)
 
 
 @pytest.mark.parametrize("row_specials", [False, True])
