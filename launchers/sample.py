@@ -75,11 +75,14 @@ def main() -> None:
 
 
 def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
-    """int64 [n], normalised and encoded as training texts are."""
+    """int64 [n], normalised and encoded as training texts are, behind the token that training rows begin with."""
     if not text:
         return torch.zeros(0, dtype=torch.int64)
     data = trained.config.data
     tokens = torch.from_numpy(trained.tokenizer.encode(NORMALIZERS[normalizer_name(data)](text)))
+    if data.row_specials:
+        assert trained.tokenizer.begin_id is not None
+        tokens = torch.cat((torch.tensor([trained.tokenizer.begin_id]), tokens))
     if len(tokens) >= data.row_length:
         raise UserError(f"--prompt: {len(tokens)} tokens; the model's rows have {data.row_length}, and need room")
     return tokens

@@ -101,8 +101,11 @@ class TrainedModel:
     checkpoint: Path
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
     """The newest whole checkpoint of a run folder; a checkpoint's own folder stands for itself.
+
+    Args:
+        key: where the user named it.
 
     Raises:
         UserError: there is none.
@@ -112,7 +115,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = whole_checkpoints(path / "checkpoints")
     if not found:
-        raise UserError(f"--checkpoint {path}: no checkpoint there; expected a run folder or checkpoints/step-...")
+        raise UserError(f"{key} {path}: no checkpoint there; expected a run folder or checkpoints/step-...")
     return found[-1]
 
 

@@ -318,6 +318,13 @@ class Config(Section):
         if training.init_from is None and (training.trainable or training.lora):
             key = "trainable" if training.trainable else "lora"
             raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
+        if training.fp8 and training.lora is not None:
+            raise ValueError("training.fp8 replaces the linear layers that training.lora adapts: leave one of them out")
+        if training.fp8 and training.micro_batch * self.data.row_length % 16:  # what fp8 matrix products are made of
+            raise ValueError(
+                f"training.fp8 needs training.micro_batch ({training.micro_batch}) x data.row_length "
+                f"({self.data.row_length}) to be a multiple of 16"
+            )
         if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
             raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
         for key in ("zero_optimization", "bf16", "fp16"):
@@ -353,6 +360,19 @@ class Config(Section):
     @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def publishable(self) -> dict[str, Any]:
+        """All of it but where files lie on this machine. Data sets of a hub (hf:) keep their names."""
+        values = self.model_dump(mode="json")
+        for number, corpus in enumerate((values["data"], *values["data"]["mixture"])):
+            source = corpus["source"]
+            names = source.values() if isinstance(source, dict) else [source]
+            if not all(str(name).startswith("hf:") for name in names):
+                corpus["source"] = None
+            corpus["shards"] = f"shards-{number}" if number else "shards"  # a folder of its own, as is required
+        values["data"] |= {"cache": None, "tokenizer": Path(self.data.tokenizer).name}
+        values["training"]["init_from"] = None
+        return values
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

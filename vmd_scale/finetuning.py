@@ -47,7 +47,8 @@ def finetuning_config(
         overrides: ``a.b=value``, applied last.
 
     Raises:
-        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides.
+        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; labels for a
+            network that draws block by block.
     """
     values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
@@ -79,14 +80,20 @@ def finetuning_config(
     values["model"]["attention"] = "auto"
     values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
     values["telemetry"]["log_every"] = 10
-    return parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    config = parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    if corpus == LABELS and config.groups > 1:
+        raise UserError(
+            f"--corpus labels: needs diffusion.block_size=null, found {config.diffusion.block_size}; labels are scored "
+            "under the sampler that draws the whole row in one step"
+        )
+    return config
 
 
 def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
     """The configuration that weights come with, and the folder of their tokenizer where that is with them too."""
     path = Path(weights)
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        return _parsed(read_json(find_checkpoint(path) / RUN_STATE, dict[str, Any])["config"], weights), None
+        return _parsed(read_json(find_checkpoint(path, "--from") / RUN_STATE, dict[str, Any])["config"], weights), None
     if (path / "config.json").is_file():
         exported = read_json(path / "config.json", dict[str, Any]).get("vmd_scale")
         if isinstance(exported, dict) and "config" in exported:

@@ -4,13 +4,15 @@ exported folder     what launchers/export.py wrote
 run or checkpoint   its averaged weights, or the raw ones where there is no average; adapters are merged
 a file              .safetensors, or .pt, .pth, .bin, .ckpt without code in it: our names, or MDLM's (mdlm_weights.py)
 
-What the new model has and the old one has not must be a latent part or an adapter: it starts fresh, and a plain masked
-diffusion model that gets a latent computes at first what it did before. The row may become shorter.
+What the new model has and the old one has not must be a latent part, time conditioning or an adapter: it starts fresh,
+and a model that gets it computes at first what it did before. What only the old one has must be a whole such part. The
+row may become shorter.
 """
 
 import json
 import logging
 import pickle
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmd_scale.adapters import LATENT_PARTS, merged
 from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, load_weights
@@ -27,7 +29,8 @@ from vmd_scale.errors import UserError
 from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
 from vmd_scale.model import VMD
 
-FRESH = (*LATENT_PARTS, "denoiser.time_to_condition.*", "*.lora_a", "*.lora_b")
+OPTIONAL = (*LATENT_PARTS, "denoiser.time_to_condition.*")
+FRESH = (*OPTIONAL, "*.lora_a", "*.lora_b")
 POSITION = "position.weight"
 log = logging.getLogger(__name__)
 
@@ -55,9 +58,17 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
             f"training.init_from {source}: has no {', '.join(needed[:4])}{' ...' if len(needed) > 4 else ''}; "
             "is the [model] section that of the old model?"
         )
+    left = [name for name in weights if name not in own]
+    absent = [part for part in OPTIONAL if not any(fnmatchcase(name, part) for name in own)]
+    unused = [name for name in left if not any(fnmatchcase(name, part) for part in absent)]
+    if unused:
+        raise UserError(
+            f"training.init_from {source}: this model has no place for {unused[0]} ({len(unused)} such tensors); "
+            "is the [model] section that of the old model?"
+        )
     filled = {}
     for name, value in weights.items():
-        if name not in own:
+        if name in left:
             continue
         wanted = own[name].shape
         if name.endswith(POSITION) and value.shape[0] > wanted[0] and value.shape[1:] == wanted[1:]:
@@ -69,7 +80,7 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
             )
         filled[name] = value
     model.load_state_dict(filled, strict=False)
-    left = [name for name in weights if name not in own]
+    _silence(model, fresh)
     log.info(
         "weights from %s: %d tensors%s%s",
         source,
@@ -77,6 +88,16 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
         f"; fresh: {_shown(fresh)}" if fresh else "",
         f"; left out: {_shown(left)}" if left else "",
     )
+
+
+def _silence(model: VMD, fresh: Collection[str]) -> None:
+    """Make parts that start fresh say nothing at first. Fresh modulations are zero already, trained ones are not."""
+    layers = ["latent_to_embedding"]
+    if "denoiser.blocks.0.modulation.weight" not in fresh:
+        layers += ["latent_to_condition.2", "time_to_condition.2"]
+    for name, parameter in model.named_parameters():
+        if name in fresh and name.rpartition(".")[0].removeprefix("denoiser.") in layers:
+            nn.init.zeros_(parameter)
 
 
 def read_weights(source: str, model: VMD) -> tuple[dict[str, Tensor], str | None]:
@@ -89,11 +110,10 @@ def read_weights(source: str, model: VMD) -> tuple[dict[str, Tensor], str | None
     if not path.exists():
         raise UserError(f"training.init_from: no such file or folder: {source}")
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        return _of_checkpoint(find_checkpoint(path))
+        return _of_checkpoint(find_checkpoint(path, "training.init_from"))
     fingerprint = None
     if path.is_dir():
-        config = _json(path / "config.json") if (path / "config.json").is_file() else {}
-        fingerprint = config.get("vmd_scale", {}).get("tokenizer_fingerprint")
+        fingerprint = _fingerprint(path / "config.json")
         weights = _of_folder(path)
     else:
         weights = _of_file(path)
@@ -107,6 +127,14 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
     kind = "ema" if config.training.ema_decay else "raw"
     return merged(load_weights(checkpoint, kind), config.training.lora), state["tokenizer_fingerprint"]
+
+
+def _fingerprint(path: Path) -> str | None:
+    """Of an exported folder's config.json; other people's know none."""
+    config = _json(path) if path.is_file() else None
+    ours = config.get("vmd_scale") if isinstance(config, dict) else None
+    found = ours.get("tokenizer_fingerprint") if isinstance(ours, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
@@ -132,7 +160,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

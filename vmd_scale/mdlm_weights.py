@@ -39,7 +39,8 @@ def from_mdlm(weights: Mapping[str, Tensor], a: Architecture, origin: str) -> di
         origin: named in errors.
 
     Raises:
-        UserError: the architecture cannot compute what MDLM's does, or a tensor is missing.
+        UserError: the architecture cannot compute what MDLM's does, has another number of layers, or a tensor is
+            missing.
     """
     if not a.biases or not a.has_condition or a.norm != "layernorm" or a.mlp != "gelu" or a.tie_embeddings:
         raise UserError(
@@ -49,6 +50,11 @@ def from_mdlm(weights: Mapping[str, Tensor], a: Architecture, origin: str) -> di
         )
     prefix = next(name for name in weights if name.endswith(MARK)).removesuffix(MARK)
     given = {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+    layers = len({name.split(".")[1] for name in given if name.startswith("blocks.")})
+    if layers != a.layers:
+        raise UserError(
+            f"training.init_from {origin}: MDLM's weights of {layers} layers, but model.layers is {a.layers}"
+        )
     try:
         return _mapped(given, a)
     except KeyError as error:

@@ -56,10 +56,18 @@ def test_all_ranks_hear_what_differs_on_one(lab, fault, words):
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage._replace(free=1600))
-    preflight.check_disk(tmp_path, parameters=20, keep=3, with_ema=True)
+    preflight.check_disk(tmp_path, each=320, keep=3)
     assert not caplog.records
-    preflight.check_disk(tmp_path, parameters=100, keep=3, with_ema=True)
+    preflight.check_disk(tmp_path, each=1600, keep=3)
     assert "3 checkpoints and one being written take" in caplog.text
     with pytest.raises(UserError, match=r"GB are free, and one checkpoint takes"):
-        preflight.check_disk(tmp_path, parameters=101, keep=3, with_ema=True)
-    preflight.check_disk(tmp_path, parameters=101, keep=1, with_ema=False)
+        preflight.check_disk(tmp_path, each=1601, keep=3)
+
+
+def test_what_is_frozen_has_no_moments_and_no_average_on_the_disk():
+    model = torch.nn.Linear(10, 5)
+    assert preflight.bytes_of_checkpoint(model, "bf16", with_ema=True) == 16 * 55
+    assert preflight.bytes_of_checkpoint(model, "bf16", with_ema=False) == 12 * 55
+    model.weight.requires_grad_(False)
+    assert preflight.bytes_of_checkpoint(model, "bf16", with_ema=True) == 16 * 5 + 2 * 50
+    assert preflight.bytes_of_checkpoint(model, "fp32", with_ema=True) == 16 * 5 + 4 * 50

@@ -55,6 +55,21 @@ def test_overrides(tmp_path, override, section, key, value):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"lora": {"rank": 2}, "init_from": "x"}, [r"training\.fp8", r"training\.lora"]),
+        ({"micro_batch": 1}, [r"training\.micro_batch \(1\)", r"data\.row_length \(24\)", "16"]),
+    ],
+)
+def test_fp8_contradicts_adapters_and_numbers_of_positions_that_it_cannot_multiply(overrides, words):
+    values = {**MINIMAL, "data": {**MINIMAL["data"], "row_length": 24}}
+    with_fp8 = {**MINIMAL["training"], "fp8": True}
+    parse_config({**values, "training": with_fp8}, "good")
+    with pytest.raises(UserError, match=".*".join(words)):
+        parse_config({**values, "training": {**with_fp8, **overrides}}, "bad")
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("training.micro_batsh=4", ["training.micro_batsh", "training.micro_batch"]),
@@ -93,3 +108,18 @@ def test_the_kl_weight_rises_linearly_and_stays():
 def test_step_lists_of_the_command_line(text):
     with pytest.raises(UserError, match="--steps"):
         parse_step_list(text, "--steps")
+
+
+def test_what_is_published_names_no_place_on_this_machine_and_is_a_configuration():
+    private = {"source": "/home/me/a", "shards": "/home/me/b"}
+    data = {**MINIMAL["data"], **private, "tokenizer": "/home/me/tok", "cache": "/home/me/c"}
+    other = {"corpus": "text", "source": {"train": "/home/me/d"}, "shards": "/home/me/e"}
+    hub = {"corpus": "text", "source": "hf:some/name", "shards": "s3://home/me/f"}
+    training = {**MINIMAL["training"], "init_from": "/home/me/g", "trainable": ["*"]}
+    config = parse_config({"data": {**data, "mixture": [other, hub]}, "training": training}, "private")
+    published = config.publishable()
+    assert "home/me" not in json.dumps(published)
+    assert published["data"]["mixture"][1]["source"] == "hf:some/name"
+    assert published["training"]["trainable"] == ["*"]
+    published["training"]["trainable"] = []
+    assert parse_config(published, "published").data.tokenizer == "tok"

@@ -4,7 +4,10 @@ import pytest
 import torch
 from model_variants import inputs, variant
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from vmd_scale.adapters import add_adapters
+from vmd_scale.config import LoRAConfig
 from vmd_scale.model import head
 from vmd_scale.model.head import masked_nll, weighted_nll
 
@@ -92,6 +95,48 @@ def test_the_model_has_one_gradient_whichever_way_it_is_made(name, monkeypatch):
         assert len(other) == len(found[0])
         for one, two in zip(found[0], other, strict=True):
             assert torch.allclose(one, two, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "biases", "head_is"),
+    [
+        ("tied", False, "trained"),
+        *(("plain", biases, head_is) for biases in (False, True) for head_is in ("trained", "adapted", "frozen")),
+        ("plain", True, "frozen but for its bias"),
+    ],
+)
+def test_whatever_the_head_is_there_is_one_loss_and_one_gradient(name, biases, head_is, monkeypatch):
+    model = variant(name, biases=biases)
+    if head_is == "adapted":
+        add_adapters(model, LoRAConfig(rank=2, layers=("denoiser.head",)))
+        torch.nn.init.normal_(model.denoiser.head.lora_b)
+    if head_is.startswith("frozen"):
+        model.denoiser.head.requires_grad_(False)
+        if head_is == "frozen but for its bias":
+            model.denoiser.head.bias.requires_grad_(True)
+    x, weight = inputs(model), torch.rand(4, 1)
+    found = []
+    for chunk, fused in ((1000, True), (3, False), (3, True)):
+        monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * model.architecture.vocab_size)
+        model.fused_loss = fused
+        model.zero_grad()
+        total, _ = model(**x, nll_weight=weight)
+        (0.1 * total).backward()
+        found.append({"loss": total.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() - {"loss"} == {name for name, p in model.named_parameters() if p.requires_grad}
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            assert torch.allclose(value, other[name], atol=1e-5, rtol=1e-4), name
+
+
+def test_a_frozen_head_costs_no_gradient_of_its_own():
+    hidden, matrix, targets, _, index, weight = problem()
+    product = 2 * len(index) * matrix.numel()
+    for trained, products in ((True, 3), (False, 2)):
+        with FlopCounterMode(display=False) as counter:
+            weighted_nll(hidden, targets, index, matrix.requires_grad_(trained), weight).backward()
+        assert counter.get_total_flops() == products * product
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -141,18 +141,74 @@ def test_an_mdlm_state_dict_needs_an_architecture_that_can_hold_it(published, tm
     path = saved(tmp_path, published)
     with pytest.raises(UserError, match=r"model\.biases=true"):
         initialize_from(model_of(time_conditioning=True), path)
+    with pytest.raises(UserError, match=r"of 2 layers, but model\.layers is 1"):
+        initialize_from(model_of(biases=True, time_conditioning=True, layers=1), path)
     weights = published.state_dict()
     del weights["blocks.1.mlp.2.bias"]
     with pytest.raises(UserError, match=r"no 'blocks\.1\.mlp\.2\.bias'"):
         initialize_from(model_of(biases=True, time_conditioning=True), saved(tmp_path, weights))
 
 
-@torch.no_grad()
-def test_a_masked_diffusion_model_that_gets_a_latent_computes_at_first_what_it_did(tmp_path):
-    plain, noisy = model_of(), noisy_rows()
-    adapted = model_of(seed=7, latent_width=3)
+@pytest.mark.parametrize("changes", [{}, {"time_conditioning": True}], ids=["", "time"])
+@pytest.mark.parametrize("injection", ["adaln", "add"])
+def test_a_masked_diffusion_model_that_gets_a_latent_computes_at_first_what_it_did(tmp_path, injection, changes):
+    plain, noisy, ratio = model_of(**changes), noisy_rows(), torch.rand(4, 1)
+    for block in plain.denoiser.blocks if changes else ():
+        nn.init.normal_(block.modulation.weight)
+    adapted = model_of(seed=7, latent_width=3, injection=injection, **changes)
     initialize_from(adapted, saved(tmp_path, plain))
-    torch.testing.assert_close(adapted.logits(noisy, torch.randn(4, 1, 3)), plain.logits(noisy, None), rtol=0, atol=0)
+    z, wanted = torch.randn(4, 1, 3), plain.logits(noisy, None, None, ratio)
+    found = adapted.logits(noisy, z, None, ratio)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    found.square().sum().backward()  # and z can become audible
+    learns = ["blocks.0.modulation", "latent_to_embedding", "latent_to_condition.2"]
+    named = dict(adapted.denoiser.named_parameters())
+    assert any((named[f"{n}.weight"].grad != 0).any() for n in learns if f"{n}.weight" in named)
+
+
+@torch.no_grad()
+def test_time_conditioning_is_silent_at_first_beside_trained_modulations(tmp_path):
+    old, noisy, z = model_of(latent_width=3), noisy_rows(), torch.randn(4, 1, 3)
+    for block in old.denoiser.blocks:
+        nn.init.normal_(block.modulation.weight)
+    timed = model_of(seed=7, latent_width=3, time_conditioning=True)
+    initialize_from(timed, saved(tmp_path, old))
+    torch.testing.assert_close(timed.logits(noisy, z, None, torch.rand(4, 1)), old.logits(noisy, z), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first"),
+    [
+        ({"layers": 3}, {}, r"denoiser\.blocks\.2\..* \(6 such tensors\)"),
+        ({"biases": True}, {}, r"denoiser\.blocks\.0\.mlp\.down\.bias \(5 such"),
+        ({}, {"tie_embeddings": True}, r"denoiser\.head\.weight \(1 such"),
+        ({"encoder_layers": 2, "latent_width": 3}, {"latent_width": 3}, r"encoder\.blocks\.1\."),
+    ],
+)
+def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path, old, new, first):
+    with pytest.raises(UserError, match=f"this model has no place for {first}"):
+        initialize_from(model_of(**new), saved(tmp_path, model_of(**old)))
+
+
+def test_latent_parts_and_time_conditioning_may_be_left_out(tmp_path):
+    plain = model_of(seed=1)
+    initialize_from(plain, saved(tmp_path, old := model_of(latent_width=3, time_conditioning=True)))
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"vmd_scale": 3}, {"vmd_scale": None}, {"vmd_scale": {"tokenizer_fingerprint": 1}}]
+)
+def test_a_strange_config_beside_the_weights_knows_no_tokenizer(tmp_path, config):
+    saved(tmp_path, model_of(), "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    initialize_from(model_of(seed=1), str(tmp_path), "a" * 64)
+
+
+def test_a_run_without_a_checkpoint_is_named_with_its_key(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"^training\.init_from .*: no checkpoint there"):
+        initialize_from(model_of(), str(tmp_path))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import head
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
-from vmd_scale.planning.hardware import GPUS
+from vmd_scale.planning.hardware import GPUS, peak_flops
 from vmd_scale.planning.memory import activations_of_row, count_parameters, memory_of, without_memory
 from vmd_scale.planning.peaks import peak_bytes
 from vmd_scale.planning.plan import Plan
@@ -243,6 +243,23 @@ def test_the_learning_rate_is_a_pure_function_of_the_step(schedule, last):
     assert rates[10] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(last)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+    ],
+)
+def test_a_card_has_its_own_peak_not_that_of_a_shorter_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 @pytest.mark.parametrize(

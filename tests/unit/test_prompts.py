@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import label_log_probabilities, label_tokens
+from vmd_scale.finetuning import finetuning_config
 from vmd_scale.model import VMD, Architecture
 from vmd_scale.tokenization import load_tokenizer
 
@@ -82,6 +86,27 @@ def test_a_label_that_training_never_saw_is_an_error(tmp_path):
     records[18] = {"prompt": "a", "label": " z"}  # of validation
     with pytest.raises(UserError, match="label ' z' of the validation split does not occur in training"):
         prepare(config_of(tmp_path, "labels", records).data, progress=False)
+
+
+def test_labels_that_cannot_be_scored_are_refused(tmp_path):
+    config = config_of(tmp_path, "labels", [{"prompt": "a", "label": lab} for lab in (" x", "y" * 13)] * 20)
+    with pytest.raises(UserError, match=r"longest label has 13 tokens, but data\.row_length is 12"):
+        prepare(config.data, progress=False)
+    blocks = parse_config(config.model_dump(mode="json") | {"diffusion": {"block_size": 4}}, "test")
+    options = {"weights": "w", "source": None, "output": tmp_path, "base": blocks}
+    assert finetuning_config(corpus="prompts", **options).groups == 3
+    with pytest.raises(UserError, match=r"diffusion\.block_size=null, found 4"):
+        finetuning_config(corpus="labels", **options)
+
+
+@pytest.mark.parametrize("row_specials", [False, True])
+def test_a_prompt_begins_as_training_rows_do(tmp_path, row_specials):
+    text = [{"prompt": "a", "response": "b"}]
+    config = config_of(tmp_path, "text", text, packing="wrap", tokenizer="text8_mdlm", row_specials=row_specials)
+    tokenizer = load_tokenizer("text8_mdlm")
+    path = Path(__file__).resolve().parents[2] / "launchers" / "sample.py"
+    tokens = runpy.run_path(str(path))["prompt_tokens"]("ab", SimpleNamespace(config=config, tokenizer=tokenizer))
+    assert tokens.tolist() == [tokenizer.begin_id] * row_specials + tokenizer.encode("ab").tolist()
 
 
 @pytest.mark.parametrize("latent_width", [0, 2])

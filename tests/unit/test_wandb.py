@@ -100,6 +100,7 @@ def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypat
     sent = stub.started[0]["config"]
     assert sent["model"]["width"] == config.model.width
     assert sent["code"]["torch"].startswith("2.")
+    assert sent["data"]["shards"] != config.data.shards
     metrics, latent, samples = stub.logged
     assert (metrics["loss"], "grad_norm" in metrics) == (2.0, False)
     assert latent["latent/kl histogram, mask ratio 1.0"].pair[1].tolist() == [0.0, 0.5, 1.0]

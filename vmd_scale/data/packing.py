@@ -258,6 +258,10 @@ def _prompts(
     batch: list[tuple[np.ndarray, np.ndarray]] = []
     for document in documents:
         assert document.given is not None
+        if (document.response_width or 0) > length:
+            raise UserError(
+                f"data.source: the longest label has {document.response_width} tokens, but data.row_length is {length}"
+            )
         prompt, response = document.tokens[document.given], document.tokens[~document.given]
         ended = len(response) + (document.response_width is None and tokenizer.end_id is not None)
         width = min(length, max(ended, document.response_width or 1))

@@ -75,6 +75,8 @@ def export(
 
 def _config(trained: TrainedModel, has_encoder: bool, dtype: str) -> dict[str, object]:
     architecture = trained.model.architecture
+    run = trained.config.publishable()
+    run["training"] |= {"trainable": [], "lora": None}  # these are whole weights, with adapters merged
     module = TRANSFORMERS_FILE_NAME.removesuffix(".py")
     automatic = {"AutoConfig": "VMDConfig", "AutoModel": "VMDModel", "AutoModelForMaskedLM": "VMDModel"}
     return {
@@ -96,6 +98,6 @@ def _config(trained: TrainedModel, has_encoder: bool, dtype: str) -> dict[str, o
             "step": trained.step,
             "weights": trained.weights,
             "tokenizer_fingerprint": trained.tokenizer.fingerprint,
-            "config": trained.config.model_dump(mode="json"),
+            "config": run,
         },
     }

@@ -139,6 +139,16 @@ class Denoiser(nn.Module):
         """[V, D], the head; the mask symbol has no row in it."""
         return self.embedding.weight[: self.architecture.vocab_size] if self.head is None else self.head.weight
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """[V], the head's, where it has one."""
+        return None if self.head is None else self.head.bias
+
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether `output_matrix` and `output_bias` are all of the head: an adapter on it adds to them."""
+        return self.head is None or type(self.head) is nn.Linear
+
     def _condition(
         self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None
     ) -> Tensor | None:

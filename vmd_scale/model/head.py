@@ -49,20 +49,27 @@ def masked_nll(
 
 
 def weighted_nll(
-    hidden: Tensor, targets: Tensor, index: Tensor, matrix: Tensor, weight: Tensor, compiled: bool = False
+    hidden: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    compiled: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """sum_{b, l} weight * -log p(x0 | hidden) over the positions in `index`, a scalar in fp32.
 
     Args:
         hidden, targets, index: as those of `masked_nll`.
-        matrix: [V, D], the head.
+        matrix: [V, D], the head; where it is frozen, no gradient of it is made.
         weight: fp32 [B, G], one for each group of L / G positions. It gets no gradient.
         compiled: whether torch.compile makes one kernel of what is done to a chunk of logits.
+        bias: [V], the head's, or None.
     """
     rows, wanted = _gather(hidden, targets, index)
     of_position = weight.repeat_interleave(targets.shape[1] // weight.shape[1], 1).flatten()
     of_rows = F.pad(of_position, (0, 1))[index]  # padding weighs nothing
-    return _WeightedNLL.apply(rows, matrix, wanted, of_rows, compiled)
+    return _WeightedNLL.apply(rows, matrix, bias, wanted, of_rows, compiled)
 
 
 def pieces_of(targets: Tensor, vocab_size: int) -> int:
@@ -88,30 +95,40 @@ class _WeightedNLL(torch.autograd.Function):
     """sum_n w_n NLL_n. Its gradient but for the factor that comes back is made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, matrix: Tensor, targets: Tensor, weight: Tensor, compiled: bool) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor, compiled: bool
+    ) -> Tensor:
         elements = GPU_CHUNK_ELEMENTS if rows.is_cuda else CHUNK_ELEMENTS
         chunk = max(1, elements // len(matrix))
-        d_rows, d_matrix = torch.empty_like(rows), torch.zeros_like(matrix, dtype=torch.float32)
+        d_rows = torch.empty_like(rows)
+        d_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         score = _compiled() if compiled else _nll_and_gradient
         parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
         for h, y, w, d_h in zip(*parts, strict=True):
-            nll, d_logits = score(h @ matrix.T, y, w)
+            logits = h @ matrix.T if bias is None else torch.addmm(bias, h, matrix.T)
+            nll, d_logits = score(logits, y, w)
             total += (nll.double() * w).sum()
             torch.mm(d_logits, matrix, out=d_h)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0, dtype=torch.float32)
+            if d_matrix is None:
+                continue
             if matrix.dtype == torch.float32:
                 torch.addmm(d_matrix, d_logits.T, h, out=d_matrix)
             else:
                 d_matrix += d_logits.T @ h
-        ctx.save_for_backward(d_rows, d_matrix)
+        ctx.save_for_backward(d_rows, d_matrix, d_bias)
         ctx.dtype = matrix.dtype
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = gradients
-        d_rows, d_matrix = ctx.saved_tensors
-        return d_rows * factor.to(d_rows.dtype), (d_matrix * factor).to(ctx.dtype), None, None, None
+        d_rows, d_matrix, d_bias = ctx.saved_tensors
+        of_head = (None if d is None else (d * factor).to(ctx.dtype) for d in (d_matrix, d_bias))
+        return d_rows * factor.to(d_rows.dtype), *of_head, None, None, None
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

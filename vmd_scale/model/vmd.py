@@ -123,13 +123,15 @@ class VMD(nn.Module):
     ) -> Tensor:
         """`token_nll`, or its weighted sum; small logits, which are kept anyway, have nothing to gain."""
         in_one_piece = pieces_of(clean, self.architecture.vocab_size) == 1
-        if nll_weight is None or in_one_piece or not self.fused_loss or not torch.is_grad_enabled():
+        fused = self.fused_loss and self.denoiser.has_plain_head and torch.is_grad_enabled()
+        if nll_weight is None or in_one_piece or not fused:
             nll = self.token_nll(clean, noisy, index, z, attend, mask_ratio)
             return (
                 nll if nll_weight is None else (nll_weight * nll.unflatten(1, (nll_weight.shape[1], -1)).sum(-1)).sum()
             )
         hidden = self.denoiser(noisy, z, attend, mask_ratio, clean)
-        return weighted_nll(hidden, clean, index, self.denoiser.output_matrix, nll_weight, self.compiled_loss)
+        matrix, bias = self.denoiser.output_matrix, self.denoiser.output_bias
+        return weighted_nll(hidden, clean, index, matrix, nll_weight, self.compiled_loss, bias)
 
     def logits(
         self, noisy: Tensor, z: Tensor | None, attend: Tensor | None = None, mask_ratio: Tensor | None = None

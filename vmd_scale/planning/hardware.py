@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets.
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of the GPU's name; the longest that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
-    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,  # SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H800": 989e12,
     "A100": 312e12,
     "A800": 312e12,
     "L40": 181e12,
+    "L40S": 362e12,
     "4090": 165e12,
     "V100": 125e12,
 }
@@ -49,9 +53,9 @@ def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of a device: from the data sheet for a known GPU, else measured with one matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, value in PEAK_FLOPS.items():
-            if key in name:
-                return value
+        known = [key for key in PEAK_FLOPS if key in name]
+        if known:
+            return PEAK_FLOPS[max(known, key=len)]
     return measured_flops(device)
 
 

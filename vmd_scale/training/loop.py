@@ -34,6 +34,7 @@ from vmd_scale.training.faults import SpikeDetector, Watchdog
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
+from vmd_scale.training.preflight import bytes_of_checkpoint
 from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.zero import ShardedMaster
@@ -55,7 +56,7 @@ class Trainer:
         (resumes,) = world.any(world.is_main and bool(whole_checkpoints(run_folder / "checkpoints")))
         if source is not None and not resumes:
             world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.checkpoint_bytes = bytes_of_checkpoint(model, self.precision, bool(training.ema_decay))
         self.objective = build_objective(config, tokenizer.vocab_size)
         log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
         self.engine = build_engine(config, model, world, self.precision)

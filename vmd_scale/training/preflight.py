@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import MANIFEST
@@ -59,12 +60,22 @@ def facts(config: Config) -> dict[str, str]:
     } | {name: _digest_of_manifest(shards) for name, shards in manifests.items()}
 
 
-def check_disk(folder: Path, parameters: int, keep: int, with_ema: bool) -> None:
-    """Raises:
-    UserError: not even one checkpoint fits. (A warning, if it is fewer than will be kept.)
+def bytes_of_checkpoint(model: nn.Module, precision: str, with_ema: bool) -> int:
+    """What is trained has masters, two moments and perhaps an average, in fp32; what is frozen lies there as it is."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    return 4 * (4 if with_ema else 3) * trained + (2 if precision == "bf16" else 4) * frozen
+
+
+def check_disk(folder: Path, each: int, keep: int) -> None:
     """
-    tensors = 4 if with_ema else 3  # masters and two moments, fp32
-    each, free = 4 * tensors * parameters, shutil.disk_usage(folder).free
+    Args:
+        each: bytes of a checkpoint.
+
+    Raises:
+        UserError: not even one checkpoint fits. (A warning, if it is fewer than will be kept.)
+    """
+    free = shutil.disk_usage(folder).free
     if free < each:
         raise UserError(f"{folder}: {free / 1e9:.2f} GB are free, and one checkpoint takes {each / 1e9:.2f} GB")
     if free < each * (keep + 1):  # one is written before the oldest is thrown away

@@ -126,8 +126,7 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     try:
         world.on_main(lock.acquire)
         trainer = Trainer(config, run_folder, world, tokenizer)
-        keep, with_ema = training.keep_checkpoints, bool(training.ema_decay)
-        world.on_main(lambda: check_disk(run_folder, trainer.parameters, keep, with_ema))
+        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())

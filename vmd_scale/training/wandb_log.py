@@ -54,7 +54,7 @@ class WandbLog:
                     name=run_folder.resolve().name,
                     id=_id(run_folder),
                     resume="allow",
-                    config={**config.model_dump(mode="json"), "code": code_version()},
+                    config={**config.publishable(), "code": code_version()},
                     settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT),
                 )
                 run.define_metric("step")
