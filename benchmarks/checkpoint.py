@@ -87,7 +87,12 @@ def main() -> None:
     size = sum(path.stat().st_size for path in found.rglob("*"))
     result = {f"{name}_seconds": statistics.median(values) for name, values in times.items() if values}
     result |= {"verify_seconds": verified - started, "load_seconds": loaded - verified}
-    result |= {"parameters": trainer.parameters, "checkpoint_bytes": size, "ranks": world.size, **provenance()}
+    result |= {
+        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+        "checkpoint_bytes": size,
+        "ranks": world.size,
+        **provenance(),
+    }
     if world.is_main:
         print(json.dumps(result, indent=2))
         if args.json:
