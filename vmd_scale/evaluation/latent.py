@@ -69,9 +69,9 @@ def latent_usage(
                 mean = q.mean if q.prior is None else q.prior.standardised(q.mean)
                 means.append(mean.cpu())
                 scored_groups.append(scored.cpu())
-    # Over the rows, in each group by itself: a mean that only tells the number of the block says nothing of the row.
+    # Over the rows, in each block (or place of a document) by itself: a mean that only tells its number says nothing.
     mean, scored = torch.cat(means), torch.cat(scored_groups)
-    of_groups = [mean[scored[:, g], g].var(0) for g in range(a.groups) if scored[:, g].sum() > 1]
+    of_groups = [mean[scored[:, g], g].var(0) for g in range(mean.shape[1]) if scored[:, g].sum() > 1]
     variance = torch.stack(of_groups).mean(0)
     return LatentUsage(
         step=step,
