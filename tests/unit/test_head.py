@@ -75,12 +75,8 @@ def test_nothing_masked_costs_nothing():
         assert all(bool((g == 0).all()) for g in torch.autograd.grad(total, (hidden, matrix)))
 
 
-@pytest.mark.parametrize("name", ["plain", "mdm", "tied", "blocks", "conditional"])
-def test_the_model_has_one_gradient_whichever_way_it_is_made(name, monkeypatch):
-    """With the gradient made in the forward pass, with recomputed chunks, and with all logits at once."""
-    model = variant(name)
-    x = inputs(model)
-    weight = torch.rand(4, model.architecture.groups)
+def one_loss_and_gradient(model, x, weight, monkeypatch):
+    """The loss and all gradients by name: of all logits at once, and the same by recomputed and by fused chunks."""
     found = []
     for chunk, fused in ((1000, True), (3, False), (3, True)):
         monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * model.architecture.vocab_size)
@@ -88,13 +84,23 @@ def test_the_model_has_one_gradient_whichever_way_it_is_made(name, monkeypatch):
         model.zero_grad()
         total, _ = model(**x, nll_weight=weight)
         (0.1 * total).backward()
-        found.append([total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    nll, _ = model(**x)
-    assert torch.allclose((weight * nll.unflatten(1, (len(weight[0]), -1)).sum(-1)).sum(), found[0][0], rtol=1e-5)
+        found.append({"loss": total.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for other in found[1:]:
-        assert len(other) == len(found[0])
-        for one, two in zip(found[0], other, strict=True):
-            assert torch.allclose(one, two, atol=1e-5, rtol=1e-4)
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            assert torch.allclose(value, other[name], atol=1e-5, rtol=1e-4), name
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ["plain", "mdm", "tied", "blocks", "conditional"])
+def test_the_model_has_one_gradient_whichever_way_it_is_made(name, monkeypatch):
+    """With the gradient made in the forward pass, with recomputed chunks, and with all logits at once."""
+    model = variant(name)
+    x = inputs(model)
+    weight = torch.rand(4, model.architecture.groups)
+    first = one_loss_and_gradient(model, x, weight, monkeypatch)
+    nll, _ = model(**x)
+    assert torch.allclose((weight * nll.unflatten(1, (len(weight[0]), -1)).sum(-1)).sum(), first["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -115,19 +121,8 @@ def test_whatever_the_head_is_there_is_one_loss_and_one_gradient(name, biases, h
         if head_is == "frozen but for its bias":
             model.denoiser.head.bias.requires_grad_(True)
     x, weight = inputs(model), torch.rand(4, 1)
-    found = []
-    for chunk, fused in ((1000, True), (3, False), (3, True)):
-        monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * model.architecture.vocab_size)
-        model.fused_loss = fused
-        model.zero_grad()
-        total, _ = model(**x, nll_weight=weight)
-        (0.1 * total).backward()
-        found.append({"loss": total.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() - {"loss"} == {name for name, p in model.named_parameters() if p.requires_grad}
-    for other in found[1:]:
-        assert other.keys() == found[0].keys()
-        for name, value in found[0].items():
-            assert torch.allclose(value, other[name], atol=1e-5, rtol=1e-4), name
+    first = one_loss_and_gradient(model, x, weight, monkeypatch)
+    assert first.keys() - {"loss"} == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():

@@ -1,11 +1,10 @@
 """Named protocols: what they demand, what they count, and that results of different ones do not mix."""
 
-import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+from example_results import example_result
 
 from vmd_scale.data.manifest import Manifest, SplitRecord
 from vmd_scale.errors import UserError
@@ -49,27 +48,7 @@ def manifest_of(name: str, **changes) -> Manifest:
 
 
 def result(**changes) -> Result:
-    plain = Result(
-        protocol="text8",
-        split="test",
-        steps=8,
-        latent="fixed",
-        k=1,
-        bound="elbo",
-        nats_per_token=1.0,
-        bits_per_token=1 / math.log(2),
-        perplexity=math.e,
-        standard_error=0.01,
-        tokens=123_456,
-        rows=482,
-        weights="ema",
-        step=20,
-        paths="balanced",
-        interval="full",
-        draws=1,
-        seed=0,
-    )
-    return replace(plain, **changes)
+    return example_result(**{"protocol": "text8", "split": "test", "tokens": 123_456, "rows": 482, **changes})
 
 
 def test_all_named_protocols_are_there() -> None:

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from example_results import example_result
 
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.config import load_config
@@ -26,27 +26,8 @@ def metrics(step):
 
 
 def result(steps, **changes):
-    plain = Result(
-        protocol="rows",
-        split="validation",
-        steps=steps,
-        latent="fixed",
-        k=1,
-        bound="elbo",
-        nats_per_token=2.0,
-        bits_per_token=2.885,
-        perplexity=7.389,
-        standard_error=0.01,
-        tokens=640,
-        rows=10,
-        weights="ema",
-        step=20,
-        paths="balanced",
-        interval="full",
-        draws=1,
-        seed=0,
-    )
-    return replace(plain, **changes).to_dict()
+    values = {"steps": steps, "nats_per_token": 2.0, "bits_per_token": 2.885, "perplexity": 7.389}
+    return example_result(**{**values, **changes}).to_dict()
 
 
 @pytest.fixture

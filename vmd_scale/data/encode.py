@@ -1,9 +1,7 @@
 """Documents to token ids, in as many processes as wanted; the order of the documents is kept."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +17,7 @@ from vmd_scale.data.manifest import token_dtype
 from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.data.packing import EncodedDocument
 from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.processes import end_with_parent
 from vmd_scale.tokenization import Tokenizer
 
 CHUNK_DOCUMENTS = 512
@@ -146,15 +145,7 @@ def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _encode_in_worker(chunk: list[Document]) -> tuple[list[EncodedDocument], TextCounts]:

@@ -6,11 +6,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from vmd_scale.config import Config, load_config
 from vmd_scale.data.prepare import prepare
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
+from vmd_scale.processes import end_with_parent
 from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
 from vmd_scale.training.launch import free_port
@@ -127,7 +127,7 @@ def _slots(jobs: Sequence[Job]) -> list[str]:
 
 def _begin(free: Queue) -> None:
     """In a new worker: take the devices that are its own before touching any, and do not outlive who asked."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(_end_training)
     slot = free.get()
     if slot:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot
@@ -136,13 +136,9 @@ def _begin(free: Queue) -> None:
         torch.set_num_threads(1)
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
+def _end_training() -> None:
     if _training is not None:
         _training.terminate()
-    os._exit(1)
 
 
 def _in_worker(job: Job) -> list[Measurement]:

@@ -97,14 +97,19 @@ def files_of(path: Path, also: Sequence[str] = ()) -> list[Path]:
     return [path]
 
 
-def _json_texts(path: Path, column: str) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Number of a line, from 1, and what it holds; empty lines are passed over. `UserError` where it is not JSON."""
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+
+
+def _json_texts(path: Path, column: str) -> Iterator[str]:
+    for number, record in json_lines(path):
         text = record.get(column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number}: expected an object with a string "{column}" (data.text_column)')

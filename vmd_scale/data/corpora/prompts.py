@@ -6,12 +6,11 @@
 The prompt is never masked and never counted. A label is a response that is one of few, which are found in the data.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora.files import lines
+from vmd_scale.data.corpora.files import json_lines
 from vmd_scale.data.corpora.registry import SPLITS, Document, corpus, in_twentieth
 from vmd_scale.data.corpora.sources import local_source
 from vmd_scale.errors import UserError
@@ -59,15 +58,9 @@ def _check(config: DataConfig) -> None:
 
 def _pairs(config: DataConfig, split: str, response: str) -> Iterator[tuple[str, str]]:
     assert split in SPLITS
-    source, number = local_source(config, split), 0
-    for line_number, line in enumerate(lines(Path(source.path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source.path}, line {line_number}: not JSON: {error}") from None
-        record = record if isinstance(record, dict) else {}
+    source = local_source(config, split)
+    for number, (line_number, found) in enumerate(json_lines(Path(source.path))):
+        record = found if isinstance(found, dict) else {}
         prompt, answer = record.get("prompt"), record.get(response)
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
             raise UserError(
@@ -75,4 +68,3 @@ def _pairs(config: DataConfig, split: str, response: str) -> Iterator[tuple[str,
             )
         if source.is_split or in_twentieth(number, split):
             yield prompt, answer
-        number += 1
