@@ -1,11 +1,6 @@
 """Documents to token ids, in as many processes as wanted; the order of the documents is kept."""
 
-import multiprocessing
-import signal
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,7 +12,7 @@ from vmd_scale.data.manifest import token_dtype
 from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.data.packing import EncodedDocument
 from vmd_scale.errors import RunFailed, UserError
-from vmd_scale.processes import end_with_parent
+from vmd_scale.processes import WorkerDied, map_in_processes
 from vmd_scale.tokenization import Tokenizer
 
 CHUNK_DOCUMENTS = 512
@@ -138,41 +133,16 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    end_with_parent()
-
-
-def _encode_in_worker(chunk: list[Document]) -> tuple[list[EncodedDocument], TextCounts]:
-    assert _encoder is not None
-    return _encoder.encode(chunk)
-
-
 def _in_processes(
     encoder: Encoder, chunks: Iterator[list[Document]], workers: int
 ) -> Iterator[tuple[list[EncodedDocument], TextCounts]]:
-    # Not multiprocessing.Pool: it waits for ever for what a killed worker had in hand. Not executor.map: it reads its
-    # whole input ahead, which is the corpus. Not fork: the parent may have threads, and a forked child would hold the
-    # folder's lock after a killed parent.
-    spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(encoder,))
     try:
-        pending = deque(executor.submit(_encode_in_worker, c) for c in islice(chunks, workers * CHUNKS_AHEAD))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(executor.submit(_encode_in_worker, c) for c in islice(chunks, 1))
-    except BrokenProcessPool:
+        yield from map_in_processes(encoder.encode, chunks, workers, CHUNKS_AHEAD)
+    except WorkerDied:
         raise RunFailed(
             f"a worker process of the preparation (data.workers={workers}) was killed, perhaps for want of memory; "
             "call again to go on, with fewer workers if it was memory"
         ) from None
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def unigram_entropy(frequencies: np.ndarray) -> float:
