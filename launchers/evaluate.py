@@ -39,7 +39,7 @@ from vmd_scale.evaluation.perplexity import Ranks, Request, Result, evaluate
 from vmd_scale.evaluation.protocols import PROTOCOLS, ZERO_SHOT, get_protocol
 from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
-from vmd_scale.files import write_json
+from vmd_scale.files import check_writable, write_json
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
 
 SUITES = ("zero_shot", "generation")
@@ -51,6 +51,7 @@ def main() -> None:
     if args.protocol not in SUITES:
         get_protocol(args.protocol)
     parse_step_list(args.steps, "--steps")
+    check_writable(args.json, "--json")
     sources = parse_sources(args.source) if args.protocol == "zero_shot" else {}
     if args.protocol == "generation":
         parse_judge(args.judge)

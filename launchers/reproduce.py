@@ -4,7 +4,7 @@
     python launchers/reproduce.py sudoku --fast --json sudoku.json          scaled down to two CPU cores
     python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
 
-Writes docs/results/TASK.md, TASK.json and TASK.png (TASK_fast.* with --fast). Models stay in runs/reproduce/TASK;
+Writes docs/results/TASK.md, TASK.json and TASK.png. Models stay in runs/reproduce/TASK;
 called again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each
 on as many as its micro-batches divide into.
 """
@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.files import check_writable
 from vmd_scale.reproduction.page import markdown_table, rows_of, write_page
 from vmd_scale.reproduction.runs import jobs_of, run_jobs
 from vmd_scale.reproduction.tasks import TASKS
@@ -38,8 +39,11 @@ def main() -> None:
 
     task = TASKS[args.task]
     jobs = jobs_of(task, args.seeds, args.fast, args.set, CONFIGS, args.runs)
-    rows = rows_of(task, jobs, run_jobs(jobs))
-    page = write_page(task, jobs, rows, args.output, f"{task.name}_fast" if args.fast else task.name, args.json)
+    check_writable(args.output / f"{task.name}.json", "--output")
+    check_writable(args.json, "--json")
+    results = run_jobs(jobs)
+    rows = rows_of(task, jobs, results)
+    page = write_page(task, jobs, results, rows, args.output, args.json)
     print(markdown_table(rows))
     print(f"\nwritten to {page}")
 

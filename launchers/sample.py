@@ -4,6 +4,7 @@
     python launchers/sample.py --checkpoint runs/text8 --steps 8 --latent fresh --json samples.json
     python launchers/sample.py --checkpoint runs/text8 --steps 32 --paths margin --temperature 0.8 --nucleus 0.95
     python launchers/sample.py --checkpoint runs/chat --steps 64 --prompt "Write a haiku about rain."
+    python launchers/sample.py --checkpoint runs/text8 --steps 8 --prompt "the [MASK][MASK][MASK] sat on the mat"
 
 Sample number n of a seed is always the same sample, whatever it is batched with. Draws are made in float64.
 """
@@ -22,8 +23,10 @@ from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.files import write_json
+from vmd_scale.files import check_writable, write_json
 from vmd_scale.model import Architecture
+
+HOLE = "[MASK]"
 
 
 @reports_user_errors
@@ -41,7 +44,10 @@ def main() -> None:
     parser.add_argument("--order-noise", type=float, default=0.0, help="Gumbel noise on the confidence (MaskGIT)")
     parser.add_argument("--remask", type=float, default=0.0, help="mask up to this share again after a step (ReMDM)")
     parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="what the samples begin with; ends at an end token"
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="what the samples begin with, ending at an end token; each [MASK] in it is a token to be drawn",
     )
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
     parser.add_argument("--seed", type=int, default=0)
@@ -51,6 +57,7 @@ def main() -> None:
 
     if args.count < 1 or args.micro_batch < 1:
         raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: both must be at least 1")
+    check_writable(args.json, "--json")
     steps = parse_step_list(args.steps, "--steps")
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
     prompt, a = prompt_tokens(args.prompt, trained), trained.model.architecture
@@ -75,17 +82,21 @@ def main() -> None:
 
 
 def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
-    """int64 [n], normalised and encoded as training texts are, behind the token that training rows begin with."""
+    """int64 [n], encoded as training texts are, behind the token that training rows begin with; holes are mask_id."""
     if not text:
         return torch.zeros(0, dtype=torch.int64)
-    data = trained.config.data
-    tokens = torch.from_numpy(trained.tokenizer.encode(NORMALIZERS[normalizer_name(data)](text)))
+    data, mask_id = trained.config.data, trained.model.architecture.mask_id
+    normalize, ids = NORMALIZERS[normalizer_name(data)], []
     if data.row_specials:
         assert trained.tokenizer.begin_id is not None
-        tokens = torch.cat((torch.tensor([trained.tokenizer.begin_id]), tokens))
-    if len(tokens) >= data.row_length:
-        raise UserError(f"--prompt: {len(tokens)} tokens; the model's rows have {data.row_length}, and need room")
-    return tokens
+        ids.append(trained.tokenizer.begin_id)
+    for n, given in enumerate(text.split(HOLE)):
+        ids += [mask_id] * (n > 0)
+        ids += trained.tokenizer.encode(normalize(given)).tolist() if given else []
+    room = data.row_length - (HOLE not in text)
+    if len(ids) > room:
+        raise UserError(f"--prompt: {len(ids)} tokens; of the {data.row_length} of a row it may have {room}")
+    return torch.tensor(ids)
 
 
 def given_rows(prompt: torch.Tensor, some: torch.Tensor, a: Architecture) -> tuple[torch.Tensor, ...]:

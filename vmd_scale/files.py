@@ -29,6 +29,25 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def check_writable(path: str | Path | None, name: str) -> None:
+    """Find out before the work whether its result could be written; nothing is made. `name` is the option's.
+
+    Raises:
+        UserError: the path is a folder, or a folder above it is a file or may not be written to.
+    """
+    if path is None:
+        return
+    path = Path(path).absolute()
+    above = next(parent for parent in path.parents if parent.exists())
+    for wrong, why in (
+        (path.is_dir(), "is a folder, a file is wanted"),
+        (not above.is_dir(), f"{above} is no folder"),
+        (not os.access(above, os.W_OK), f"{above} may not be written to"),
+    ):
+        if wrong:
+            raise UserError(f"{name} {path}: {why}")
+
+
 def flush_to_disk(path: str | Path) -> None:
     """Wait until a file, or a folder's list of names, has left the operating system's memory."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -105,8 +105,19 @@ def test_a_prompt_begins_as_training_rows_do(tmp_path, row_specials):
     config = config_of(tmp_path, "text", text, packing="wrap", tokenizer="text8_mdlm", row_specials=row_specials)
     tokenizer = load_tokenizer("text8_mdlm")
     path = Path(__file__).resolve().parents[2] / "launchers" / "sample.py"
-    tokens = runpy.run_path(str(path))["prompt_tokens"]("ab", SimpleNamespace(config=config, tokenizer=tokenizer))
-    assert tokens.tolist() == [tokenizer.begin_id] * row_specials + tokenizer.encode("ab").tolist()
+    mask_id = tokenizer.vocab_size
+    model = SimpleNamespace(architecture=SimpleNamespace(mask_id=mask_id))
+    trained = SimpleNamespace(config=config, tokenizer=tokenizer, model=model)
+    prompt_tokens, begin = runpy.run_path(str(path))["prompt_tokens"], [tokenizer.begin_id] * row_specials
+    assert prompt_tokens("ab", trained).tolist() == [*begin, *tokenizer.encode("ab")]
+    holes = [*begin, mask_id, *tokenizer.encode("ab"), mask_id, mask_id, *tokenizer.encode("c")]
+    assert prompt_tokens("[MASK]ab[MASK][MASK]c", trained).tolist() == holes
+    room = config.data.row_length - row_specials
+    prompt_tokens("a" * (room - 1), trained)
+    prompt_tokens("a" * (room - 1) + "[MASK]", trained)
+    for text in ("a" * room, "a" * room + "[MASK]"):  # nothing left to draw; more than a row
+        with pytest.raises(UserError, match="--prompt"):
+            prompt_tokens(text, trained)
 
 
 @pytest.mark.parametrize("latent_width", [0, 2])

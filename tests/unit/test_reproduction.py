@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from vmd_scale.build import build_architecture
 from vmd_scale.data.corpora.four_tokens import four_tokens_distribution
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
+from vmd_scale.files import write_json
 from vmd_scale.planning.memory import count_parameters, without_memory
+from vmd_scale.reproduction import runs
 from vmd_scale.reproduction.measures import count_rows, exact_bound, js_divergence, kl_divergence
 from vmd_scale.reproduction.page import rows_of, write_page
 from vmd_scale.reproduction.runs import jobs_of
@@ -79,6 +82,8 @@ def test_every_model_of_every_task_has_a_valid_configuration_and_a_folder_of_its
         assert job.config.training.steps % job.config.training.checkpoint_every == 0
         assert job.config.diffusion.objective != "iw" or not job.config.diffusion.kl_weight.at(10**9) < 1
         assert job.config.diffusion.kl_weight.warmup_steps < job.config.training.steps
+    models = [json.dumps(job.config.model_dump(mode="json"), sort_keys=True) for job in found]
+    assert len(set(models)) == len(models)  # no model is trained under two names
     images = {"mnist": 784, "cifar10": 3072}
     assert {job.config.data.row_length for job in found} == {images.get(name, found[0].config.data.row_length)}
 
@@ -96,41 +101,71 @@ def test_a_folder_is_found_again_by_the_same_configuration_only():
     assert others[1].config.data.shards == first.config.data.shards
 
 
-def test_methods_and_seeds_have_the_last_word():
-    assert [job.config.latent.width for job in jobs("sudoku", extra=["latent.width=8"])] == [0, 8, 8]
-    for name, override in (("sudoku", "training.seed=7"), ("toy2d", "data.source=circles")):
-        with pytest.raises(UserError, match=f"--set {override}: task '{name}' decides"):
+def test_what_methods_and_seeds_decide_is_not_overridden():
+    for name, override, who in (
+        ("sudoku", "training.seed=7", "task 'sudoku'"),
+        ("toy2d", "data.source=circles", "task 'toy2d'"),
+        ("four_tokens_d1", "training.global_batch=80", "method 'mdm' of task 'four_tokens_d1'"),
+        ("sudoku", "latent.prior=standard", "method 'vmd' of task 'sudoku'"),
+    ):
+        with pytest.raises(UserError, match=f"--set {override}: {who} decides"):
             jobs(name, extra=[override])
 
 
-def test_sudoku_is_compared_at_equal_parameters():
+@pytest.mark.parametrize("fast", [False, True])
+def test_sudoku_is_compared_at_equal_parameters(fast):
     counts = {}
-    for job in jobs("sudoku"):
+    for job in jobs("sudoku", fast=fast):
         counts[job.method] = count_parameters(without_memory(build_architecture(job.config, 9)))
-    assert counts["mdm"] == pytest.approx(counts["vmd_surrogate"], rel=0.03)
+    assert counts["mdm"] == pytest.approx(counts["vmd"], rel=0.003)
+    assert counts["vmd_surrogate"] < counts["mdm"]
+
+
+def test_measurements_keep_their_date_and_are_made_again_by_other_code(tmp_path, monkeypatch):
+    job = jobs("four_tokens_d1", runs=tmp_path)[0]
+    found = Measurement("accuracy", 0.9, 1, "none", "balanced")
+    asked = json.loads(json.dumps(job.asked))
+
+    class TrainedAgain(Exception):
+        pass
+
+    def train(job):
+        raise TrainedAgain
+
+    monkeypatch.setattr(runs, "train", train)
+    saved = {"asked": asked, "measurements": [asdict(found)], "date": "2025-01-31", "hardware": "an abacus"}
+    write_json(job.folder / "measurements.json", saved)
+    assert runs.run_job(job) == runs.Measured((found,), "2025-01-31", "an abacus")
+    for change in ({"code": "another"}, {"sizes": {**asked["sizes"], "samples": 1}}):
+        write_json(job.folder / "measurements.json", {**saved, "asked": {**asked, **change}})
+        with pytest.raises(TrainedAgain):
+            runs.run_job(job)
 
 
 def test_a_table_holds_mean_and_spread_over_seeds_beside_the_published_figure(tmp_path, monkeypatch):
     task = TASKS["four_tokens_d1"]
     found = [job for job in jobs(task.name, 3, runs=tmp_path) if job.method == "vmd"]
-    results = [
-        [Measurement("accuracy", 0.9 + 0.01 * n, job.config.groups, "fixed", "balanced", "drawn", standard_error=0.002)]
-        for n, job in enumerate(found)
-    ]
+    results = []
+    for n, job in enumerate(found):
+        accuracy = Measurement(
+            "accuracy", 0.9 + 0.01 * n, job.config.groups, "fixed", "balanced", "drawn", standard_error=0.002
+        )
+        results.append(runs.Measured((accuracy,), f"2026-01-0{n + 1}", "two cores"))
     one, two = rows_of(task, found, results)
     assert (one.blocks, one.seeds, one.published, one.objective) == (1, 3, 0.873, "iw")
     assert (two.blocks, two.published) == (2, 0.942)
     assert one.mean == pytest.approx(0.91)
     assert one.std == pytest.approx(0.01)
     monkeypatch.setattr(sys, "argv", ["launchers/reproduce.py", "four_tokens_d1", "--set", "a=b c"])
-    page = write_page(task, found, [one, two], tmp_path, "d1", tmp_path / "copy.json")
+    page = write_page(task, found, results, [one, two], tmp_path, tmp_path / "copy.json")
     text = page.read_text()
     assert "| vmd | 1 | 1 | 0.9100 ± 0.0100 [0.873] |" in text
     assert "In all lines: objective iw, latent fixed, law balanced." in text
     assert "accuracy drawn" in text
     assert "standard deviation over 3 seeds" in text
     assert "python launchers/reproduce.py four_tokens_d1 --set 'a=b c'\n" in text
-    for path in (tmp_path / "copy.json", tmp_path / "d1.json"):
+    assert "between 2026-01-01 and 2026-01-06 on two cores." in text
+    for path in (tmp_path / "copy.json", tmp_path / "four_tokens_d1.json"):
         assert json.loads(path.read_text())[0]["mean"] == one.mean
 
 
@@ -141,6 +176,8 @@ def test_a_published_figure_stands_only_where_it_was_measured():
         for law in ("margin", "balanced")
         for split in ("validation", "24-28 clues")
     ]
-    rows = rows_of(task, [job], [measured])
+    rows = rows_of(task, [job], [runs.Measured(tuple(measured), "2026-01-01", "two cores")])
     assert [row.published for row in rows] == [0.990, None, None, None]
+    easier = rows_of(task, [replace(job, fast=True)], [runs.Measured(tuple(measured), "2026-01-01", "two cores")])
+    assert [row.published for row in easier] == [None] * 4  # of puzzles with more clues
     assert all(row.std is None for row in rows)

@@ -104,6 +104,16 @@ def test_a_row_is_named_by_its_number_whatever_is_beside_it(change, kind):
     assert not torch.equal(full, sample(model, s, Noise(11), torch.arange(12))) or s.temperature == 0
 
 
+def test_steps_in_which_nothing_changes_cost_no_forward():
+    """Of 50 steps by coin over three tokens, at most three reveal any; rows with the others' steps are not computed."""
+    numbers = torch.arange(8)
+    watched = Watched(VMD, Sampler(50, law="bernoulli"), Noise(2), numbers)
+    assert sum(len(noisy) for noisy in watched.noisy) <= 3 * len(numbers)
+    assert len(Watched(VMD, Sampler(50, law="balanced"), Noise(2), numbers).noisy) == 3
+    given = torch.zeros(8, 3, dtype=torch.int64)
+    assert not Watched(VMD, Sampler(4), Noise(2), numbers, given, torch.zeros(8, 3, dtype=torch.bool)).noisy
+
+
 def test_padding_is_not_heard():
     given, maskable, attend = partly_given()
     other = torch.where(attend, given, (given + 1) % 3)
@@ -129,6 +139,12 @@ def test_given_tokens_are_kept_and_condition_the_others():
 
 
 # ---- tokens
+
+
+def test_what_is_far_out_in_the_tail_can_be_drawn():
+    """In float32 the sum of these two probabilities is the first one: the second would never be drawn."""
+    u = torch.tensor([1 - 5e-12], dtype=torch.float64)
+    assert draw_categorical(torch.tensor([[0.0, -25.0]]), u).item() == 1
 
 
 def test_categorical_draws_invert_the_distribution():

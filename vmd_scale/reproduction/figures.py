@@ -19,7 +19,7 @@ def kl_against_p(rows: Sequence[Row], output: Path) -> bool:
         p = "1" if r.variant == "uniform" else r.variant
         if r.metric == "kl" and r.steps == 1 and r.tokens == "drawn" and p.replace(".", "", 1).isdigit():
             curves.setdefault(r.method, []).append((float(p), r.mean, r.std or 0.0))
-    return _save(curves, output, "correlation p of the two tokens", "KL(data, samples), nats", log=False)
+    return _save(curves, output, "correlation p of the two tokens", "KL(data, samples), nats", steps=False)
 
 
 def against_steps(metric: str, label: str) -> Plot:
@@ -35,22 +35,22 @@ def against_steps(metric: str, label: str) -> Plot:
                 tightest[name, float(r.steps)] = min(best, r, key=lambda row: row.mean)
         for (name, steps), r in tightest.items():
             curves.setdefault(name, []).append((steps, r.mean, r.std or r.standard_error or 0.0))
-        return _save(curves, output, "sampling steps of a row", label, log=True)
+        return _save(curves, output, "sampling steps of a row", label, steps=True)
 
     return plot
 
 
-def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, log: bool) -> bool:
+def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, steps: bool) -> bool:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for n, (name, points) in enumerate(curves.items()):
             x, y, error = zip(*sorted(points), strict=True)
             color, marker = COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
             axes.errorbar(x, y, error, capsize=3, label=name, color=color, marker=marker, markersize=4)
-        if log:
+        if steps:
             axes.set_xscale("log", base=2)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_yscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 

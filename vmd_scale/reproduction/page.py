@@ -11,20 +11,20 @@ from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
 from vmd_scale.planning.memory import count_parameters, without_memory
 from vmd_scale.planning.workload import flops_of
-from vmd_scale.provenance import command, hardware, today
-from vmd_scale.reproduction.runs import Job
+from vmd_scale.provenance import command
+from vmd_scale.reproduction.runs import Job, Measured
 from vmd_scale.reproduction.task import Measurement, Row, Task
 from vmd_scale.tokenization import load_tokenizer
 
 WHAT = ("variant", "method", "objective", "blocks", "steps", "latent", "law", "tokens", "split", "metric", "k")
 
 
-def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Sequence[Measurement]]) -> list[Row]:
+def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Measured]) -> list[Row]:
     """Mean and spread over seeds, in the order of variants, methods and measurements."""
     grouped: dict[tuple, list[Measurement]] = {}
-    for job, measured in zip(jobs, results, strict=True):
+    for job, result in zip(jobs, results, strict=True):
         of_model = (job.variant, job.method, job.config.diffusion.objective, job.config.groups)
-        for m in measured:
+        for m in result.measurements:
             key = (*of_model, m.steps, m.latent, m.law, m.tokens, m.split, m.metric, m.k)
             grouped.setdefault(key, []).append(m)
     rows = []
@@ -40,23 +40,27 @@ def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Sequence[Measurem
                 std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 standard_error=float(np.mean(errors)) if errors else None,
                 seeds=len(values),
-                published=task.published_beside(what),
+                published=task.published_beside(what, jobs[0].fast),
             )
         )
     return rows
 
 
 def write_page(
-    task: Task, jobs: Sequence[Job], rows: Sequence[Row], folder: Path, name: str, copy: Path | None
+    task: Task, jobs: Sequence[Job], results: Sequence[Measured], rows: Sequence[Row], folder: Path, copy: Path | None
 ) -> Path:
-    """Write NAME.md, NAME.json, and NAME.png where there is a figure; `copy` gets the JSON too. Returns the page."""
-    page, picture = folder / f"{name}.md", folder / f"{name}.png"
-    lines = [f"# {task.title}", "", *(f"{note}\n" for note in task.notes)]
+    """Write TASK.md, TASK.json, and TASK.png where there is a figure; `copy` gets the JSON too. Returns the page."""
+    page, picture = folder / f"{task.name}.md", folder / f"{task.name}.png"
+    scaled_down = " (scaled down)" if jobs[0].fast else ""
+    lines = [f"# {task.title}{scaled_down}", "", *(f"{note}\n" for note in task.notes)]
+    if scaled_down:
+        lines += [f"Scaled down to two CPU cores: `{' '.join(task.fast)}`.", ""]
     if task.plot is not None and task.plot(rows, picture):
         lines += [f"![{task.title}]({picture.name})", ""]
-    lines += [markdown_table(rows), "", cost_table(jobs), "", f"Made on {today()} by", "", f"    {command()}", ""]
-    lines += [f"on {hardware()}.", ""]
-    for path in (folder / f"{name}.json", copy):
+    lines += [markdown_table(rows), "", cost_table(jobs), "", "Made by", "", f"    {command()}", ""]
+    dates, places = sorted({result.date for result in results}), sorted({result.hardware for result in results})
+    lines += [f"between {dates[0]} and {dates[-1]} on {'; '.join(places)}.", ""]
+    for path in (folder / f"{task.name}.json", copy):
         if path is not None:
             write_json(path, [asdict(row) for row in rows])
     write_atomically(page, "\n".join(lines))

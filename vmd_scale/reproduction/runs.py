@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -22,6 +23,7 @@ from vmd_scale.data.prepare import prepare
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
 from vmd_scale.processes import end_with_parent
+from vmd_scale.provenance import hardware, today
 from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
 from vmd_scale.training.launch import free_port
@@ -38,12 +40,22 @@ class Job:
     method: str
     config: Config
     sizes: Sizes
+    fast: bool
     folder: Path
 
     @property
     def asked(self) -> dict[str, object]:
         """What its measurements are of."""
-        return {"config": self.config.model_dump(mode="json"), "sizes": asdict(self.sizes)}
+        return {"config": self.config.model_dump(mode="json"), "sizes": asdict(self.sizes), "code": _measuring_code()}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found about one model, when (2026-01-31) and on what."""
+
+    measurements: tuple[Measurement, ...]
+    date: str
+    hardware: str
 
 
 def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: Path, runs: Path) -> list[Job]:
@@ -54,25 +66,29 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
         configs: the folder of configuration files; runs: where models and shards go.
 
     Raises:
-        UserError: an override of what the task itself decides.
+        UserError: an override of what the task or one of its methods decides.
     """
-    owned = ["training.seed", "data.shards", *(["data.source"] if task.variants != ("",) else [])]
+    owned = {"training.seed", "data.shards"} | ({"data.source"} if task.variants != ("",) else set())
     for override in extra:
         key = override.partition("=")[0]
         if key in owned:
             raise UserError(f"--set {override}: task {task.name!r} decides {key} itself")
+        for method in task.methods:
+            if any(key == own.partition("=")[0] for own in method.decides(fast)):
+                raise UserError(f"--set {override}: method {method.name!r} of task {task.name!r} decides {key} itself")
     jobs = []
     for variant in task.variants:
         for method in task.methods:
             for seed in range(seeds):
-                overrides = [*(task.fast if fast else ()), *extra, *method.overrides, f"training.seed={seed}"]
+                overrides = [*(task.fast if fast else ()), *extra, *method.decides(fast), f"training.seed={seed}"]
                 if variant:
                     overrides.append(f"data.source={json.dumps(variant)}")
                 config = load_config(configs / task.config, overrides)
                 config = _with_shards(config, runs / task.name)
                 name = f"{variant}-{method.name}-{config.groups}-blocks-seed{seed}-{_digest(config.model_dump())}"
                 sizes = task.fast_sizes if fast else task.sizes
-                jobs.append(Job(task.name, variant, method.name, config, sizes, runs / task.name / name.lstrip("-")))
+                folder = runs / task.name / name.lstrip("-")
+                jobs.append(Job(task.name, variant, method.name, config, sizes, fast, folder))
     return jobs
 
 
@@ -87,7 +103,17 @@ def _digest(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run_jobs(jobs: Sequence[Job]) -> list[list[Measurement]]:
+@cache
+def _measuring_code() -> str:
+    """Changes with the code that measures: what an older one has found is not printed under its name."""
+    package, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for part in ("model", "diffusion", "evaluation", "reproduction/measures.py"):
+        for path in sorted((package / part).glob("*.py")) or [package / part]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[Measured]:
     """Train and measure all; what is done already is read.
 
     Without a GPU, one model is trained on each CPU core; with GPUs, each on as many as its micro-batches divide into.
@@ -104,7 +130,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[list[Measurement]]:
     free: Queue = context.Queue()
     for slot in slots:
         free.put(slot)
-    results: dict[int, list[Measurement]] = {}
+    results: dict[int, Measured] = {}
     pool = ProcessPoolExecutor(len(slots), mp_context=context, initializer=_begin, initargs=(free,))
     try:
         futures = {pool.submit(_in_worker, job): n for n, job in enumerate(jobs)}
@@ -141,27 +167,28 @@ def _end_training() -> None:
         _training.terminate()
 
 
-def _in_worker(job: Job) -> list[Measurement]:
+def _in_worker(job: Job) -> Measured:
     try:
         return run_job(job)
     except KeyboardInterrupt:  # which the executor would survive, and take the next model
         os._exit(130)
 
 
-def run_job(job: Job) -> list[Measurement]:
+def run_job(job: Job) -> Measured:
     """Train one model, unless its folder holds it, and measure it, unless that is done."""
     done = job.folder / "measurements.json"
     asked = json.loads(json.dumps(job.asked))
-    if done.exists() and json.loads(done.read_text())["asked"] == asked:
-        return [Measurement(**values) for values in json.loads(done.read_text())["measurements"]]
+    if done.exists() and (found := json.loads(done.read_text()))["asked"] == asked:
+        return Measured(tuple(Measurement(**m) for m in found["measurements"]), found["date"], found["hardware"])
     wanted = f"step-{job.config.training.steps:08d}"
     if not any(found.name == wanted for found in whole_checkpoints(job.folder / "checkpoints")):
         train(job)
     task, device = TASKS[job.task], "cuda" if torch.cuda.is_available() else "cpu"
     trained = load_trained(find_checkpoint(job.folder / "checkpoints" / wanted), device=device)
     measured = task.measure(Model(trained, job.variant, job.sizes, task.other_data(job.config, job.sizes)))
-    write_json(done, {"asked": asked, "measurements": [asdict(m) for m in measured]})
-    return list(measured)
+    result = Measured(tuple(measured), today(), hardware())
+    write_json(done, {"asked": asked, **asdict(result)})
+    return result
 
 
 def train(job: Job) -> None:

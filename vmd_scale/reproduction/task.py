@@ -29,6 +29,10 @@ class Method:
 
     name: str
     overrides: tuple[str, ...] = ()
+    fast: tuple[str, ...] = ()  # more of them, where the task is scaled down
+
+    def decides(self, fast: bool) -> tuple[str, ...]:
+        return (*self.overrides, *(self.fast if fast else ()))
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,17 @@ class Task:
     sizes: Sizes
     fast: tuple[str, ...]  # overrides that make it small enough for two CPU cores
     fast_sizes: Sizes
+    fast_changes_data: bool = False  # so that no published figure compares with what it gives
     variants: tuple[str, ...] = ("",)  # "" for the configuration's own
     published: tuple[Published, ...] = ()
     notes: tuple[str, ...] = ()
     plot: Plot | None = None
     other_data: Callable[[Config, Sizes], dict[str, DataConfig]] = no_other_data  # measured on, beside the task's own
 
-    def published_beside(self, row: Mapping[str, object]) -> float | None:
+    def published_beside(self, row: Mapping[str, object], fast: bool) -> float | None:
         """The figure that belongs beside a row, given as {field: value}."""
+        if fast and self.fast_changes_data:
+            return None
         conditions = [f.name for f in fields(Published) if f.name != "value"]
         for figure in self.published:
             if all(getattr(figure, name) in (None, row[name]) for name in conditions):

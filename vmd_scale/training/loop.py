@@ -13,15 +13,16 @@ import torch.distributed as dist
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config import Config, step_values
-from vmd_scale.data.loader import Batch, TrainLoader
+from vmd_scale.data.loader import Batch, TrainLoader, evaluation_batches
 from vmd_scale.data.mixture import training_rows
+from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.latent import latent_usage
-from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
+from vmd_scale.evaluation.perplexity import Ranks, Request, chosen_rows, evaluate
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
@@ -337,7 +338,7 @@ class Trainer:
                 used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
                 telemetry.latent(used.to_dict())
             if evaluation.samples:
-                telemetry.samples(self._draw_samples(done))
+                telemetry.samples(self._draw_samples(done, reader))
         for result in results:
             telemetry.evaluation(result.to_dict())
         best = min(results, key=lambda r: r.nats_per_token)
@@ -346,11 +347,20 @@ class Trainer:
         self.watchdog.progress()
         return best.nats_per_token
 
-    def _draw_samples(self, done: int) -> dict[str, Any]:
-        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token)."""
+    def _draw_samples(self, done: int, reader: ShardReader) -> dict[str, Any]:
+        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token).
+
+        Where rows are given in part (prompts, clues), that part is of rows of the split.
+        """
         steps = max((T for T in step_values(self.config.evaluation.steps) if math.inf > T), default=math.inf)
         sampler = Sampler(steps, law=self.config.diffusion.paths)
-        rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
+        numbers = chosen_rows(reader.rows, self.config.evaluation.samples)
+        (batch,) = evaluation_batches(reader, numbers, len(numbers))
+        maskable, attend = masks_of(batch, reader.manifest)
+        if batch.roles is not None and (batch.roles == Role.GIVEN).any():
+            rows = sample(self.engine.module, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
+        else:
+            rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
         texts = [self.tokenizer.decode(row) for row in rows.tolist()]
         shown = "inf" if math.isinf(steps) else int(steps)
         return {"step": done, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}

@@ -1,0 +1,62 @@
+"""What is said about the use of the latent, against an encoder whose answers are known."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import architecture
+from torch import nn
+
+from vmd_scale.config import DataConfig
+from vmd_scale.data.prepare import prepare
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.evaluation.latent import MASK_RATIOS, latent_usage
+from vmd_scale.model.encoder import Posterior
+
+LENGTH = 20
+
+
+class KnownEncoder(nn.Module):
+    """Units that vary with the row much, not at all, too little and enough; the second says how much is masked."""
+
+    def __init__(self):
+        super().__init__()
+        self.architecture = architecture(row_length=LENGTH, latent_width=4)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def encode(self, tokens, masked, attend):
+        sign = 1 - 2 * (tokens.sum(-1) % 2).float()
+        share = masked.float().mean(-1)
+        mean = torch.stack((sign, 2 * share, 0.05 * sign, 0.2 * sign), -1)
+        return Posterior(mean.unsqueeze(1), torch.zeros(len(tokens), 1, 4))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    letters = np.random.default_rng(0).integers(97, 123, 400 * LENGTH).astype(np.uint8)
+    (folder / "text.txt").write_bytes(letters.tobytes())
+    config = DataConfig(
+        corpus="text",
+        source=str(folder / "text.txt"),
+        tokenizer="text8",
+        row_length=LENGTH,
+        shards=str(folder / "shards"),
+    )
+    prepare(config, ["train"], progress=False)
+    return ShardReader(config.shards, "train")
+
+
+def test_kl_at_every_mask_ratio_and_the_units_that_vary_over_the_rows(reader):
+    usage = latent_usage(KnownEncoder(), reader, 7, "vmd", rows=100, micro_batch=32)
+    expected = {str(ratio): 0.5 * (2 * ratio) ** 2 + 0.5 * (1 + 0.05**2 + 0.2**2) for ratio in MASK_RATIOS}
+    assert usage.kl_by_mask_ratio == pytest.approx(expected)
+    assert (usage.active_units, usage.latent_width, usage.rows, usage.step) == (2, 4, 100, 7)
+    assert "2 of 4 units active" in usage.describe()
+    for histogram in usage.kl_histograms.values():
+        assert sum(histogram["counts"]) == 100
+
+
+def test_an_encoder_that_was_taught_whole_rows_only_is_asked_about_them_only(reader):
+    usage = latent_usage(KnownEncoder(), reader, 0, "nelbo", rows=100)
+    assert list(usage.kl_by_mask_ratio) == ["1.0"]
+    assert usage.active_units == 2
