@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import in_turns, machine, medians, table, write
+from comparing import Report, in_turns, medians, table
 
 from vmd_scale.model.attention import (
     Documents,
@@ -60,13 +60,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
-    result: dict[str, Any] = {"machine": machine(), "rows": args.rows, "heads": args.heads, "head_width": args.width}
+    report = Report(__doc__, args.json, rows=args.rows, heads=args.heads, head_width=args.width)
     for length in args.lengths:
         found = measure(length, args.rows, args.heads, args.width, args.rounds, device)
-        result[f"length {length}"] = found
         rows = [(name, *values.values()) for name, values in found.items()]
-        print(f"\n{length} positions\n" + table(("", "milliseconds", "dense TFLOP/s"), rows))
-        write(result, args.json)
+        text = table(("", "milliseconds", "dense TFLOP/s"), rows)
+        report.add(f"length {length}", found, f"{length} positions\n{text}")
 
 
 if __name__ == "__main__":

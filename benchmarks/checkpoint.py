@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training waits for it, how long the writing takes, how long a resume takes.
 
-    python benchmarks/checkpoint.py                                        about 100 M parameters, one rank
+    python benchmarks/checkpoint.py                                        100 M parameters, one rank
     deepspeed --num_gpus 2 benchmarks/checkpoint.py --json result.json     two ranks
 
 Medians over some saves. `written_in` is the time until the checkpoint is whole, checksums included; training goes on
@@ -8,16 +8,16 @@ meanwhile, and `step_while_writing` is what a step then takes.
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
 import time
 from pathlib import Path
 
+from comparing import Report, table
+
 from vmd_scale.config import load_config
 from vmd_scale.data.prepare import prepare
-from vmd_scale.provenance import provenance
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.launch import join_world, leave_world
 from vmd_scale.training.loop import Trainer
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.json"
 SETTINGS = (
     "data.row_length=16",
     "data.shards=runs/checkpoint-benchmark/shards",
-    "model.layers=10",
+    "model.layers=13",
     "model.width=768",
     "model.heads=12",
     "training.global_batch=2",
@@ -91,12 +91,9 @@ def main() -> None:
         "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
         "checkpoint_bytes": size,
         "ranks": world.size,
-        **provenance(),
     }
     if world.is_main:
-        print(json.dumps(result, indent=2))
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
+        Report(__doc__, args.json).add("checkpoint", result, table(("", "seconds, or count"), result.items()))
     leave_world()
 
 

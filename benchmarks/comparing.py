@@ -1,8 +1,5 @@
-"""What all benchmarks share: both sides of a comparison in one run, in turns, medians, one JSON file and one table."""
+"""What all benchmarks share: both sides of a comparison in one run, in turns, medians, a JSON file and a page."""
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vmd_scale.files import check_writable, write_atomically, write_json
+from vmd_scale.provenance import provenance
 
 Times = dict[str, list[float]]
 
@@ -59,14 +59,27 @@ def ratio(times: Times, above: str, below: str) -> float:
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    else:
-        found |= {"cpu": platform.processor() or platform.machine(), "load": os.getloadavg()[0]}
-    return found
+class Report:
+    """What a benchmark found: printed part by part; with --json a file, and a page of the same name beside it."""
+
+    def __init__(self, description: str | None, path: Path | None, **settings: Any) -> None:
+        """`description` is the script's docstring."""
+        check_writable(path, "--json")
+        self.title, _, self.text = (description or "").partition("\n")
+        self.path, self.printed = path, []
+        self.result: dict[str, Any] = {**provenance(), "threads": torch.get_num_threads(), **settings}
+
+    def add(self, name: str, part: Any, text: str) -> None:
+        """One part more; what was found before is kept if a later part fails."""
+        self.result[name] = part
+        self.printed.append(text)
+        print(f"\n{text}", flush=True)
+        if self.path is not None:
+            made = f"Made on {self.result['date']} by\n\n    {self.result['command']}\n\non {self.result['hardware']}."
+            tables = "\n\n".join(self.printed)
+            page = f"# {self.title}\n{self.text.rstrip()}\n\n```\n{tables}\n```\n\n{made}\n"
+            write_json(self.path, self.result)
+            write_atomically(self.path.with_suffix(".md"), page)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -84,8 +97,3 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
-
-
-def write(result: Mapping[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")

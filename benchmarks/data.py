@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparing import Report, table
 
 from vmd_scale.build import build_objective, masks_of
 from vmd_scale.config import Config, DataConfig, parse_config
@@ -50,20 +51,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"cpus": len(os.sched_getaffinity(0)), "repeats": args.repeats}
+    report = Report(__doc__, args.json, repeats=args.repeats)
     texts = {size: text_of(args.documents, size, args.folder) for size in (SMALL, LARGE)}
     if "prepare" in args.only:
-        results["prepare"] = measure_preparation(texts, args)
+        report.add("prepare", cases := measure_preparation(texts, args), prepare_table(cases))
     shards = shards_of(texts[LARGE], args)
     if "read" in args.only:
-        results["read"] = measure_reading(shards, args)
+        report.add("read", found := measure_reading(shards, args), read_table(found))
     if "order" in args.only:
-        results["order"] = measure_order(args.repeats)
+        report.add("order", cases := measure_order(args.repeats), order_table(cases))
     if "wait" in args.only:
-        results["wait"] = measure_waiting(shards, args)
-    print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        report.add("wait", found := measure_waiting(shards, args), table(("training", found["on"]), found.items()))
 
 
 def text_of(documents: Path, size: int, folder: Path) -> Path:
@@ -303,24 +301,20 @@ def measure_waiting(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(results: Mapping[str, Any]) -> str:
-    lines = []
-    for case in results.get("prepare", []):
-        worker = f", of a worker {case['peak_mib_of_a_worker']:,.0f} MiB" if case["peak_mib_of_a_worker"] else ""
-        lines.append(
-            f"prepare  {case['text_bytes'] / 1e6:5.1f} MB, {case['workers']} worker(s): "
-            f"{case['tokens_per_second']:>12,.0f} tokens/s, peak {case['peak_mib']:,.0f} MiB{worker}"
-        )
-    for name, speed in results.get("read", {}).get("rows_per_second", {}).items():
-        lines.append(f"read     {name:<32} " + (speed if isinstance(speed, str) else f"{speed:>12,.1f}"))
-    for case in results.get("order", []):
-        lines.append(
-            f"order    {case['rows']:>17,} rows: {case['microseconds_per_row_by_512']:.3f} us a row by 512, "
-            f"{case['microseconds_per_row_by_100000']:.3f} by 100,000; {case['peak_bytes_for_512']:,} bytes"
-        )
-    for name, value in results.get("wait", {}).items():
-        lines.append(f"wait     {name:<32} " + (value if isinstance(value, str) else f"{value:>14,.5f}"))
-    return "\n".join(lines)
+def prepare_table(cases: list[dict[str, Any]]) -> str:
+    columns = ("workers", "tokens_per_second", "peak_mib", "peak_mib_of_a_worker")
+    rows = [(f"{case['text_bytes'] / 1e6:.0f} MB", *(case[name] for name in columns)) for case in cases]
+    return table(("preparation of", "workers", "tokens/s", "peak MiB", "of a worker"), rows)
+
+
+def read_table(found: dict[str, Any]) -> str:
+    speeds = found["rows_per_second"]
+    return table((f"random batches of {found['batch']} x {found['row_length']} tokens", "rows/s"), speeds.items())
+
+
+def order_table(cases: list[dict[str, Any]]) -> str:
+    head = ("rows in the order", "us a row by 512", "by 100,000", "peak bytes for 512")
+    return table(head, [(f"{rows:,}", *values) for rows, *values in (case.values() for case in cases)])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from comparing import table, write
+from comparing import Report, table
 
 from vmd_scale.build import build_architecture
 from vmd_scale.config import load_config
@@ -44,8 +43,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     common = [*SETTINGS, f"data.shards={args.folder / 'shards'}", *args.set]
-    result: dict[str, Any] = {"settings": common, "seeds": args.seeds, "encoders": {}}
-    rows = []
+    report = Report(__doc__, args.json, settings=common, seeds=args.seeds)
+    rows, encoders = [], {}
     for encoder in args.encoder or ["1x32", "1x64", "1x128", "2x128", "4x128"]:
         layers, width = encoder.split("x")
         settings = [*common, f"latent.encoder_layers={layers}", f"latent.encoder_width={width}"]
@@ -53,10 +52,9 @@ def main() -> None:
         found = {steps: [of_seed[steps] for of_seed in bounds] for steps in bounds[0]}
         config = load_config(CONFIG, settings)
         flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 0.5)
-        result["encoders"][encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
+        encoders[encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
         rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
-        write(result, args.json)
-    print(table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
+    report.add("encoders", encoders, table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
 
 
 def train(settings: list[str], seed: int, run: Path) -> dict[str, float]:

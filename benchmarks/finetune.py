@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from comparing import Report, table
 
 from vmd_scale.build import masks_of
 from vmd_scale.checkpoints import load_trained
@@ -47,15 +48,11 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all numbers of steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there as well")
     args = parser.parse_args()
+    report = Report(__doc__, args.json)
     folder = RUNS / (args.task if args.scale == 1 else f"{args.task}-{args.scale:g}")
     folder.mkdir(parents=True, exist_ok=True)
     rows = (ag_news if args.task == "ag_news" else sudoku)(args.data, folder, args.scale)
-    keys = list(rows[0])
-    print("| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
-    for row in rows:
-        print("| " + " | ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    if args.json:
-        write_json(args.json, {"command": " ".join(["python", *sys.argv]), "rows": rows})
+    report.add("rows", rows, table(list(rows[0]), [list(row.values()) for row in rows]))
 
 
 def ag_news(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:

@@ -27,16 +27,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from comparing import in_turns, machine, medians, ratio, seconds_of, table, write  # noqa: E402
+from comparing import in_turns, medians, ratio, seconds_of, table  # noqa: E402
 from workload import BareStep, shape  # noqa: E402
 
 from vmd_scale.diffusion.noise import Noise  # noqa: E402
 from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
+from vmd_scale.files import write_json  # noqa: E402
 from vmd_scale.model import VMD, Architecture  # noqa: E402
 from vmd_scale.model.attention import attention, block_diffusion_mask, flash_kernels  # noqa: E402
 from vmd_scale.planning.flops import FlopsPerToken  # noqa: E402
 from vmd_scale.planning.hardware import peak_flops  # noqa: E402
 from vmd_scale.planning.peaks import peak_bytes  # noqa: E402
+from vmd_scale.provenance import provenance  # noqa: E402
 
 GPU_TESTS = ("test_attention_kernels.py", "test_head.py", "test_step_causes.py")
 
@@ -78,7 +80,7 @@ class Check:
                 versions[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = None
-        return {**machine(), "packages": versions}
+        return {**provenance(), "cuda": torch.version.cuda, "packages": versions}
 
     def ceilings(self) -> dict[str, float]:
         """What this device reaches at all, on random numbers."""
@@ -322,7 +324,7 @@ def main() -> None:
         except Exception:
             result[name] = {"failed": traceback.format_exc()[-3000:]}
         result[name]["seconds"] = round(time.perf_counter() - began, 1)
-        write(result, args.output)
+        write_json(args.output, result)
         print(f"== {name} ({result[name]['seconds']} s)\n{json.dumps(result[name], indent=1)[:2500]}", flush=True)
         if not args.cpu:
             torch.cuda.empty_cache()

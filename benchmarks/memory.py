@@ -8,12 +8,11 @@
 
 import argparse
 import gc
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from comparing import write
+from comparing import Report, table
 
 from vmd_scale.build import build_architecture
 from vmd_scale.config import load_config
@@ -80,19 +79,18 @@ def main() -> None:
     peak = kept + peak_bytes(lambda: trainer._step(0, batches, Silent()), world.device)
     architecture = build_architecture(config, tokenizer.vocab_size)
     predicted = memory_of(config, architecture, world.size, args.precision, world.device.type == "cuda")
-    result = {
+    counts = {
         "zero": args.zero,
         "precision": args.precision,
         "ranks": world.size,
         "parameters": trainer.parameters,
         "kept_bytes": kept,
         "peak_bytes": peak,
-        "predicted": asdict(predicted),
         "predicted_of_peak": predicted.total / peak,
     }
     if world.is_main:
-        print(json.dumps(result, indent=2))
-        write(result, args.json)
+        text = table(("", "bytes, or value"), [*counts.items(), *asdict(predicted).items()])
+        Report(__doc__, args.json).add("memory", {**counts, "predicted": asdict(predicted)}, text)
     leave_world()
 
 

@@ -8,10 +8,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from comparing import Clock, in_turns, machine, medians, ratio, table, write
+from comparing import Clock, Report, in_turns, medians, ratio, table
 from workload import shape
 
 from vmd_scale.diffusion.noise import Noise
@@ -39,13 +38,9 @@ def main() -> None:
     for name, latent in (("mdm", False), ("vmd", True)):
         torch.manual_seed(0)
         models[name] = VMD(shape(layers, width, heads, length, args.vocab, latent)).to(device, dtype).eval()
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "processor_time": args.processor_time,
-        "shape": [layers, width, length],
-        "vocab": args.vocab,
-    }
-    rows = []
+    shown = {"processor_time": args.processor_time, "shape": [layers, width, length], "vocab": args.vocab}
+    report = Report(__doc__, args.json, **shown)
+    rows, result = [], {}
     for batch in args.batches:
         for steps in args.steps:
             sampler = Sampler(steps, law=args.law)
@@ -62,9 +57,8 @@ def main() -> None:
             rows.append(
                 (f"{batch}, {steps}", *(v for of in found.values() for v in of.values()), ratio(times, "mdm", "vmd"))
             )
-            write(result, args.json)
     header = ("batch, T", "MDM tokens/s", "ms a forward", "VMD tokens/s", "ms a forward", "VMD / MDM")
-    print(table(header, rows))
+    report.add("sampling", result, table(header, rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import Clock, in_turns, machine, medians, ratio, seconds_of, table, write
+from comparing import Clock, Report, in_turns, medians, ratio, seconds_of, table
 from torch.nn import functional as F
 from workload import BareStep, shape
 
@@ -153,22 +153,15 @@ def main() -> None:
     if args.processor_time:
         Clock.count_processor_time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "processor_time": args.processor_time,
-        "shape": SHAPE,
-        "rows": args.rows,
-    }
+    pages = Report(__doc__, args.json, processor_time=args.processor_time, shape=SHAPE, rows=args.rows)
 
     def report(name: str, part: dict[str, Any]) -> None:
-        result[name] = part
-        print(f"\n{name}")
         if all(isinstance(value, dict) for value in part.values()):
             columns = list(next(iter(part.values())))
-            print(table(("", *columns), [(case, *values.values()) for case, values in part.items()]))
+            text = table(("", *columns), [(case, *values.values()) for case, values in part.items()])
         else:
-            print(table(("", ""), list(part.items())))
-        write(result, args.json)
+            text = table(("", ""), list(part.items()))
+        pages.add(name, part, f"{name}\n{text}")
 
     for vocab in args.vocab:
         if args.only in (None, "vmd"):
