@@ -41,6 +41,7 @@ from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
+from vmd_scale.training.start import verify_together
 
 SUITES = ("zero_shot", "generation")
 
@@ -70,10 +71,12 @@ def main() -> None:
             results = []
             for name in sources:
                 request = make_request(args, trained, f"zero_shot/{name}", ZERO_SHOT[name].split)
+                verify_together(str(prepared_in / name), [request.split], world)
                 results += score(trained, ShardReader(prepared_in / name, request.split), request, ranks, say)
         else:
             request = make_request(args, trained, args.protocol, args.split)
             shards = args.shards or trained.config.data.shards
+            verify_together(shards, [args.split], world)
             reader = ShardReader(shards, args.split, cache=shard_cache(trained.config.data))
             results = score(trained, reader, request, ranks, say)
             if trained.config.latent.width:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -89,6 +90,10 @@ def test_two_ranks_find_what_one_finds_and_fail_together(lab, run, evaluated, tm
     here = ("--checkpoint", run)
     cases = [(*here, "--json", tmp_path / f"{n}.json", *case) for n, case in enumerate(CASES)]
     cases.append((*here, "--protocol", "zero_shot", "--source", f"ptb={missing}", "--shards", tmp_path / "sets"))
+    altered = tmp_path / "altered" / "validation-00000.tokens"
+    shutil.copytree(json.loads((run / "config.json").read_text())["data"]["shards"], altered.parent)
+    altered.write_bytes(bytes([altered.read_bytes()[0] ^ 1]) + altered.read_bytes()[1:])  # still of the vocabulary
+    cases.append((*here, "--shards", altered.parent))
     first, second = run_in_processes(evaluate_on_this_rank, 2, cases, [lab.free_port() for _ in cases], timeout=200)
     for n, case in enumerate(CASES):
         alone, text = evaluated(*case)
@@ -97,8 +102,9 @@ def test_two_ranks_find_what_one_finds_and_fail_together(lab, run, evaluated, tm
         assert first[n][:2] == (0, text)
         assert second[n][:2] == (0, "")  # one rank speaks
     for rank in (first, second):
-        assert rank[-1][0] == 2
-        assert rank[-1][2] == f"error: data.source: no such file: {missing}\n"
+        assert [rank[n][0] for n in (-2, -1)] == [2, 2]
+        assert rank[-2][2] == f"error: data.source: no such file: {missing}\n"
+        assert rank[-1][2].startswith(f"error: {altered}: altered since it was written")
 
 
 def test_rows_are_scored_until_the_error_is_small_enough(evaluated):

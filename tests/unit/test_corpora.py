@@ -111,6 +111,8 @@ def test_text8_is_split_by_characters(suffix: str, tmp_path: Path, caplog: pytes
     assert "".join(parts) == text
     assert [len(part) for part in parts] == [1170, 65, 65]
     assert "do not report" in caplog.text
+    config = data("text8", str(path))
+    assert CORPORA["text8"].remark(config) == "the text is not text8's"
 
 
 @needs_shared
@@ -119,6 +121,23 @@ def test_text8_pieces_are_one_document() -> None:
     assert sum(len(piece.text) for piece in pieces) == 12_549_840 * 90 // 100
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(piece.text.startswith(" ") for piece in pieces)
+
+
+@needs_shared
+def test_text8_is_known_by_its_beginning(tmp_path: Path) -> None:
+    real = str(SHARED / "text8" / "text8.prefix.xz")
+    for source in (real, {"train": real, "test": "elsewhere"}, {"test": "elsewhere"}):
+        config = data("text8", source)
+        assert CORPORA["text8"].remark(config) is None
+    other = data("text8", str(SHARED / "wiki" / "wiki2019_text8style.txt.xz"))
+    assert CORPORA["text8"].remark(other) == "the text is not text8's"
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "web.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "a \\ud83d b"}\n')
+    with pytest.raises(UserError, match=r"web\.jsonl, line 2: half of a surrogate pair"):
+        texts(data("text", {"train": str(path)}), "train")
 
 
 def test_lm1b_folder_has_the_published_splits(tmp_path: Path) -> None:

@@ -86,10 +86,21 @@ def test_what_is_not_the_published_set_is_said() -> None:
     assert protocol.caveat(whole, "test") is None
     assert protocol.caveat(whole, "validation") == "not the published validation set: published on test"
     part = manifest_of("lm1b_packed", splits={"test": split_record(documents=12)})
-    assert protocol.caveat(part, "test") == "not the published test set: 12 documents instead of 6,075"
+    assert protocol.caveat(part, "test") == "not the published test set: 12 documents instead of 6,075 or 306,688"
     assert get_protocol("rows").caveat(part, "test") is None
     text8 = manifest_of("text8", splits={"test": split_record(characters=5_000_000)})
     assert get_protocol("text8").caveat(text8, "test") is None
+
+
+def test_another_text_of_the_same_length_is_not_the_published_one() -> None:
+    text8 = manifest_of("text8", splits={"test": split_record(characters=5_000_000)}, remark="the text is not text8's")
+    assert get_protocol("text8").caveat(text8, "test") == "not the published test set: the text is not text8's"
+    assert get_protocol("rows").caveat(text8, "test") is None
+
+
+def test_empty_documents_are_of_the_published_number() -> None:
+    record = split_record(documents=6_070, skipped_documents=5)
+    assert get_protocol("lm1b_packed").caveat(manifest_of("lm1b_packed", splits={"test": record}), "test") is None
 
 
 def test_which_tokens_are_masked_attended_and_counted() -> None:
@@ -125,13 +136,19 @@ def test_what_does_not_compare_is_not_put_into_one_table(other: dict[str, str]) 
         table(results)
     text = table(results, note="two sides of a story")
     assert text.splitlines()[-1] == "note: two sides of a story"
-    assert other[key] in text or key == "data"
+    assert other[key] in text
+
+
+def test_a_caveat_says_whose_it_is() -> None:
+    one, two = result(), result(caveat="only a part")
+    assert "caveat of line 2: only a part" in table([one, two], note="side by side")
+    assert "\ncaveat: only a part" in table([two, two])
 
 
 def test_the_fine_print_of_a_table() -> None:
     text = table([result(), result(steps="inf", k=16, bound="iw", paths="bernoulli", latent="none", rows=480)])
     first, head, *lines = text.splitlines()
-    shared = "protocol text8, split test, tokens 123,456, interval full, weights ema, step 20, draws 1, seed 0"
+    shared = "protocol text8, data none, split test, tokens 123,456, interval full, weights ema, step 20, draws 1, seed 0"
     assert first == shared
     assert head.split() == ["T", "z", "paths", "K", "bound", "bits/token", "+-", "perplexity", "+-", "rows"]
     assert lines[0].split() == ["8", "fixed", "balanced", "1", "elbo", "1.4427", "0.0144", "2.7183", "0.0272", "482"]

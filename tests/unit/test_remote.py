@@ -210,6 +210,15 @@ def test_the_cache_is_bounded(prepared: DataConfig, elsewhere: str, tmp_path: Pa
     assert max(Troubled.transfers.values()) > 1  # it was too small for all
 
 
+def test_a_copy_that_was_cut_off_is_fetched_again(prepared: DataConfig, elsewhere: str, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 1 << 20)
+    same_rows(ShardReader(elsewhere, "train", cache=cache), prepared, np.arange(4))
+    for path in tmp_path.iterdir():
+        if len(path.name) == 64:
+            os.truncate(path, path.stat().st_size // 2)
+    same_rows(ShardReader(elsewhere, "train", cache=cache), prepared, np.arange(4))
+
+
 def test_a_mixture_on_every_rank_leaves_room_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight ranks of a node keep mapped what they read last, of three corpora; the cache holds a few of their files."""
     monkeypatch.setattr(shards, "PATIENCE", 0.0)

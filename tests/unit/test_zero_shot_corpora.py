@@ -50,6 +50,13 @@ def test_news_are_title_and_description(tmp_path: Path) -> None:
         texts(config, "test")
 
 
+def test_a_field_without_end_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    path.write_text('"1","a","b"\n"1","' + "a" * 200_000 + '","b"\n')
+    with pytest.raises(UserError, match=r"news\.csv, after record 1: field larger"):
+        texts(data("ag_news", {"test": str(path)}), "test")
+
+
 @pytest.mark.parametrize(("corpus", "column"), [("ptb", "sentence"), ("arxiv", "article"), ("pubmed", "article")])
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_records_have_their_text_where_the_published_dataset_has_it(

@@ -65,9 +65,9 @@ class ShardCache:
             raise UserError(f"{url}: {file.bytes:,} bytes, more than data.cache_gib allows ({self.limit:,})")
         path = self.folder / file.sha256
         self.folder.mkdir(parents=True, exist_ok=True)
-        while (opened := _open_locked(path)) is None:
+        while (opened := _open_locked(path, file.bytes)) is None:
             with _locked(path.with_suffix(".lock"), fcntl.LOCK_EX):
-                if not path.exists():
+                if not path.exists() or path.stat().st_size != file.bytes:  # cut off by whoever also writes there
                     self._fetch(url, file, path)
         return opened
 
@@ -120,14 +120,15 @@ class ShardCache:
             )
 
 
-def _open_locked(path: Path) -> IO[bytes] | None:
-    """Open for reading with a shared lock, or None where there is no such file (any more)."""
+def _open_locked(path: Path, size: int) -> IO[bytes] | None:
+    """Open for reading with a shared lock, or None where there is no such file of this size (any more)."""
     try:
         file = open(path, "rb")  # noqa: SIM115  the caller closes it
     except FileNotFoundError:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
-    if os.fstat(file.fileno()).st_nlink == 0:  # evicted between the two lines before
+    status = os.fstat(file.fileno())
+    if status.st_nlink == 0 or status.st_size != size:  # evicted between the two lines before; not what it was
         file.close()
         return None
     os.utime(path)

@@ -70,6 +70,7 @@ class Manifest(Record):
     normalizer: str
     validation_documents: int | None
     licence: str | None
+    remark: str | None = Field(default=None, description="why this is not the corpus of that name, if it is not")
     splits: dict[str, SplitRecord]
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ def prepare(
         if all(split in finished.splits for split in wanted):  # reading needs no lock: several runs may start at once
             log.info("%s: nothing to do, %s already prepared", folder, ", ".join(wanted))
             return finished
-    with _made(folder), _lock(folder):
+    with _made_and_locked(folder):
         if force:
             for split in wanted:
                 next(raw_documents(config, split), None)  # a source that is not there must not cost the old shards
@@ -123,29 +123,26 @@ def _wanted_splits(config: DataConfig, splits: Sequence[str] | None) -> tuple[st
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder is there; if it was made for input that turns out to be bad, it goes again."""
+def _made_and_locked(folder: Path) -> Iterator[None]:
+    """The folder is there, and ours alone; if it was made for input that turns out to be bad, it goes again.
+
+    The kernel lets go of the lock when its holder dies, however it dies.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except UserError:
-        if made and all(path.name == LOCK for path in folder.iterdir()):
-            (folder / LOCK).unlink(missing_ok=True)
-            for path in made:
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps a second writer out; the kernel lets go of it when the holder dies, however it dies."""
     with open(folder / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"data.shards {str(folder)!r}: another process is preparing shards there") from None
-        yield
+        try:
+            yield
+        except UserError:
+            if made and all(path.name == LOCK for path in folder.iterdir()):
+                (folder / LOCK).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+            raise
 
 
 def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest:
@@ -174,6 +171,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
         normalizer=normalizer_name(config),
         validation_documents=config.validation_documents,
         licence=corpus.licence,
+        remark=corpus.remark(config),
         splits={},
     )
 

@@ -8,7 +8,7 @@ from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.evaluation.published import figures_of
 
 COMPARED = ("protocol", "data", "split", "interval", "caveat")  # must be the same in one table
-FINE_PRINT = ("protocol", "split", "tokens", "interval", "weights", "step", "draws", "seed")
+FINE_PRINT = ("protocol", "data", "split", "tokens", "interval", "weights", "step", "draws", "seed")
 
 
 def table(results: Sequence[Result], note: str | None = None) -> str:
@@ -39,7 +39,10 @@ def table(results: Sequence[Result], note: str | None = None) -> str:
         )
     if any(r.bound == "compat" for r in results):
         lines.append("compat: an estimate of published code; it bounds nothing")
-    lines += [f"caveat: {caveat}" for caveat in dict.fromkeys(r.caveat for r in results) if caveat]
+    of_all = all(r.caveat for r in results)
+    for caveat in dict.fromkeys(r.caveat for r in results if r.caveat):
+        whose = [f"line {n}" for n, r in enumerate(results, 1) if r.caveat == caveat]
+        lines.append(f"caveat{'' if of_all else ' of ' + ', '.join(whose)}: {caveat}")
     return "\n".join([*lines, *([f"note: {note}"] if note else [])])
 
 

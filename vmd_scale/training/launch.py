@@ -1,6 +1,7 @@
 """Who am I in this job? Started by deepspeed, torchrun, srun or plain python, the answer has one form."""
 
 import io
+import logging
 import os
 import re
 import socket
@@ -22,6 +23,7 @@ if not torch.cuda.is_available():
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _added: dict[str, str] = {}  # what `join_world` put into the environment
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def _failure(do: Callable[[], object]) -> UserError | RunFailed | None:
         return error
     except OSError as error:
         return UserError(str(error))
+    except Exception as error:  # the other ranks must not wait for one that is gone
+        log.exception("this rank failed")
+        return RunFailed(f"{type(error).__name__}: {error}")
     return None
 
 

@@ -1,9 +1,9 @@
 """Everything before the first step: what can be wrong is found here, on all ranks alike, before memory is taken."""
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,15 +85,30 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
         if ShardReader(config.data.shards, "validation", manifest, cache=shard_cache(config.data)).rows < 2:
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
     for data in config.data.corpora():
-        problem, mine = verify_share(data.shards, splits, world.rank, world.size)
-        problem = world.first_problem(problem, group)
-        if problem is not None:
-            raise UserError(problem)
-        good: list[Any] = [None] * world.size
-        dist.all_gather_object(good, mine, group=group)
-        if world.is_main:
-            remember(data.shards, good)
+        verify_together(data.shards, splits, world, group)
         splits = ["train"]  # of those of a mixture
+
+
+def verify_together(
+    shards: str, splits: Sequence[str], world: World | None, group: dist.ProcessGroup | None = None
+) -> None:
+    """Compare the checksums of the shards of some splits, each file on one rank; without a world all of them here.
+
+    Raises:
+        UserError: on every rank, a shard is not what the manifest says.
+    """
+    if world is None:
+        problem, mine = verify_share(shards, splits, 0, 1)
+        good = [mine]
+    else:
+        problem, mine = verify_share(shards, splits, world.rank, world.size)
+        problem = world.first_problem(problem, group)
+        good = [{}] * world.size
+        dist.all_gather_object(good, mine, group=group or world.host_group)
+    if problem is not None:
+        raise UserError(problem)
+    if world is None or world.is_main:
+        remember(shards, good)
 
 
 def start(config: Config, run_folder: Path) -> int:

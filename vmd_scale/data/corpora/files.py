@@ -113,6 +113,8 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
         text = record.get(column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number}: expected an object with a string "{column}" (data.text_column)')
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{path}, line {number}: half of a surrogate pair, which is no character")
         yield text
 
 

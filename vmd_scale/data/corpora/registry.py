@@ -50,7 +50,8 @@ DocumentSource = Callable[[DataConfig, str], Iterator[Document]]
 class Corpus:
     """A named corpus; `read` yields the documents of a split as they are, `normalizer` is what it is published with.
 
-    `origin` says where a corpus without a data.source comes from.
+    `origin` says where a corpus without a data.source comes from; `remark` why data.source is not the corpus of that
+    name, where it can tell.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Corpus:
     licence: str | None
     origin: str | None
     splits: Callable[[DataConfig], tuple[str, ...]]
+    remark: Callable[[DataConfig], str | None]
 
 
 CORPORA: dict[str, Corpus] = {}
@@ -78,11 +80,12 @@ def corpus(
     licence: str | None = None,
     origin: str | None = None,
     splits: Callable[[DataConfig], tuple[str, ...]] = mapped_splits,
+    remark: Callable[[DataConfig], str | None] = lambda config: None,
 ) -> Callable[[DocumentSource], DocumentSource]:
     """Register the decorated ``(config, split) -> documents`` under `name`."""
 
     def register(read: DocumentSource) -> DocumentSource:
-        CORPORA[name] = Corpus(name, read, normalizer, licence, origin, splits)
+        CORPORA[name] = Corpus(name, read, normalizer, licence, origin, splits, remark)
         return read
 
     return register

@@ -32,10 +32,13 @@ def _wikitext_lines(path: Path) -> Iterator[str]:
 def _news(path: Path) -> Iterator[str]:
     """``"class","title","description"`` a line; the text is title and description."""
     number = 0
-    for number, row in enumerate(csv.reader(line + "\n" for line in lines(path)), start=1):
-        if len(row) != 3:
-            raise UserError(f"{path}, record {number}: {len(row)} fields, expected class, title, description")
-        yield f"{row[1]} {row[2]}"
+    try:
+        for number, row in enumerate(csv.reader(line + "\n" for line in lines(path)), start=1):
+            if len(row) != 3:
+                raise UserError(f"{path}, record {number}: {len(row)} fields, expected class, title, description")
+            yield f"{row[1]} {row[2]}"
+    except csv.Error as error:
+        raise UserError(f"{path}, after record {number}: {error}") from None
 
 
 def _documents(config: DataConfig, split: str, column: str, plain: Reader, suffix: str = ".txt") -> Iterator[Document]:
