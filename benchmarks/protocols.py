@@ -59,6 +59,7 @@ COUNTED = {  # protocol -> corpus, how its rows are made
     "text8_mdlm": ("text8", {"tokenizer": "text8_mdlm", "row_length": 256, "row_specials": True}),
     "lm1b_packed": ("lm1b", BERT),
     "lm1b_unpacked": ("lm1b", {**BERT, "packing": "pad"}),
+    "lm1b_unpacked_mdlm": ("lm1b", {**BERT, "packing": "pad"}),
     "owt_mdlm": ("openwebtext", {**GPT2, "row_specials": True}),
     "owt_bd3": ("openwebtext", GPT2),
     **{
@@ -80,30 +81,34 @@ def config_of(corpus: str, data: Path, **more: Any) -> DataConfig:
 def counts(data: Path) -> list[dict[str, Any]]:
     """What each protocol makes of its file."""
     found = []
-    for name, (corpus, how) in COUNTED.items():
-        protocol, split = get_protocol(name), FILES[corpus][0]
-        with tempfile.TemporaryDirectory() as folder:
-            manifest = prepare(config_of(corpus, data, **how, shards=folder), progress=False)
-            protocol.check(manifest)
-        record = manifest.splits[split]
-        given = record.rows if protocol.first_given else 0
-        found.append(
-            {
-                "protocol": name,
-                "file": FILES[corpus][1],
-                "split": split,
-                "documents": record.documents,
-                "characters": record.characters,
-                "rows": record.rows,
-                "counted_tokens": record.counted_tokens - given,
-                "dropped_tokens": record.dropped_tokens,
-                "truncated_documents": record.truncated_documents,
-                "unigram_bits_per_token": record.unigram_entropy / math.log(2),
-                "caveat": protocol.caveat(manifest, split),
-            }
-        )
+    for name in COUNTED:
+        found.append(count(name, data))
         print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def count(name: str, data: Path) -> dict[str, Any]:
+    """What one protocol makes of its file."""
+    corpus, how = COUNTED[name]
+    protocol, split = get_protocol(name), FILES[corpus][0]
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = prepare(config_of(corpus, data, **how, shards=folder), progress=False)
+        protocol.check(manifest)
+    record = manifest.splits[split]
+    given = record.rows if protocol.first_given else 0
+    return {
+        "protocol": name,
+        "file": FILES[corpus][1],
+        "split": split,
+        "documents": record.documents,
+        "characters": record.characters,
+        "rows": record.rows,
+        "counted_tokens": record.counted_tokens - given,
+        "dropped_tokens": record.dropped_tokens,
+        "truncated_documents": record.truncated_documents,
+        "unigram_bits_per_token": record.unigram_entropy / math.log(2),
+        "caveat": protocol.caveat(manifest, split),
+    }
 
 
 def texts_of(corpus: str, data: Path) -> Iterator[str]:

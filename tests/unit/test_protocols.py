@@ -148,7 +148,9 @@ def test_a_caveat_says_whose_it_is() -> None:
 def test_the_fine_print_of_a_table() -> None:
     text = table([result(), result(steps="inf", k=16, bound="iw", paths="bernoulli", latent="none", rows=480)])
     first, head, *lines = text.splitlines()
-    shared = "protocol text8, data none, split test, tokens 123,456, interval full, weights ema, step 20, draws 1, seed 0"
+    shared = (
+        "protocol text8, data none, split test, tokens 123,456, interval full, weights ema, step 20, draws 1, seed 0"
+    )
     assert first == shared
     assert head.split() == ["T", "z", "paths", "K", "bound", "bits/token", "+-", "perplexity", "+-", "rows"]
     assert lines[0].split() == ["8", "fixed", "balanced", "1", "elbo", "1.4427", "0.0144", "2.7183", "0.0272", "482"]

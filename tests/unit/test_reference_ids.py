@@ -1,4 +1,4 @@
-"""GPT-2 and BERT ids are those of the reference tokenizers on whole real files.
+"""GPT-2 and BERT ids are those of the reference tokenizers on whole real files, and protocols count what they counted.
 
 What the reference finds is in reference_ids.json, written by ``benchmarks/protocols.py reference``.
 """
@@ -6,6 +6,7 @@ What the reference finds is in reference_ids.json, written by ``benchmarks/proto
 import hashlib
 import json
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +16,25 @@ from vmd_scale.config import DataConfig
 from vmd_scale.data.corpora import raw_documents
 from vmd_scale.tokenization import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("VMD_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 REFERENCE = json.loads((Path(__file__).parent / "reference_ids.json").read_text())["ids"]
-FILES = {
-    "lm1b": ("test", "lm1b/news.en.heldout-00000-of-00050"),
-    "ptb": ("validation", "zero_shot/ptb.valid.txt"),
-    "wikitext": ("validation", "zero_shot/wikitext2.valid.tokens.xz"),
-    "lambada": ("test", "zero_shot/lambada_test.jsonl.xz"),
-    "ag_news": ("test", "zero_shot/ag_news_test.csv.xz"),
-    "openwebtext": ("validation", "openwebtext/openwebtext_1000docs.jsonl.xz"),
-}
+BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "protocols.py"))
+FILES = BENCHMARK["FILES"]
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"sample corpora not at {SHARED}")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"sample corpora not at {SHARED}")
+@needs_shared
+@pytest.mark.parametrize("name", ["lm1b_packed", "lm1b_unpacked", "zero_shot/ptb", "zero_shot/wikitext"])
+def test_what_protocols_count_is_what_the_results_say(name: str) -> None:
+    """Normalisers, tokenizers and packing all have a part in it."""
+    written = json.loads((ROOT / "docs" / "results" / "protocols.json").read_text())["counts"]
+    assert [BENCHMARK["count"](name, SHARED)] == [record for record in written if record["protocol"] == name]
+
+
+@needs_shared
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-@pytest.mark.parametrize("corpus", FILES)
+@pytest.mark.parametrize("corpus", [corpus for corpus in FILES if corpus in REFERENCE["gpt2"]])
 def test_ids_are_those_of_the_reference(name: str, corpus: str) -> None:
     split, file = FILES[corpus]
     tokenizer = load_tokenizer(f"{name}:{SHARED / 'tokenizers'}")

@@ -339,7 +339,9 @@ def test_processes_share_a_small_cache(prepared: DataConfig, tmp_path: Path) -> 
     processes = [spawn.Process(target=_read_at_random, args=(*arguments, seed)) for seed in range(3)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*.lock")):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     processes[0].kill()
     while any(process.is_alive() for process in processes):
