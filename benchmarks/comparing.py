@@ -69,16 +69,21 @@ class Report:
         self.path, self.printed = path, []
         self.result: dict[str, Any] = {**provenance(), "threads": torch.get_num_threads(), **settings}
 
-    def add(self, name: str, part: Any, text: str) -> None:
-        """One part more; what was found before is kept if a later part fails."""
+    def save(self, name: str, part: Any) -> None:
+        """Write what there is of a part that is still being measured."""
         self.result[name] = part
+        if self.path is not None:
+            write_json(self.path, self.result)
+
+    def add(self, name: str, part: Any, text: str) -> None:
+        """One part more: printed and written; what was found before is kept if a later part fails."""
+        self.save(name, part)
         self.printed.append(text)
         print(f"\n{text}", flush=True)
         if self.path is not None:
             made = f"Made on {self.result['date']} by\n\n    {self.result['command']}\n\non {self.result['hardware']}."
             tables = "\n\n".join(self.printed)
             page = f"# {self.title}\n{self.text.rstrip()}\n\n```\n{tables}\n```\n\n{made}\n"
-            write_json(self.path, self.result)
             write_atomically(self.path.with_suffix(".md"), page)
 
 

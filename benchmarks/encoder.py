@@ -54,6 +54,7 @@ def main() -> None:
         flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 0.5)
         encoders[encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
         rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
+        report.save("encoders", encoders)
     report.add("encoders", encoders, table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
 
 

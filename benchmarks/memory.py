@@ -83,7 +83,7 @@ def main() -> None:
         "zero": args.zero,
         "precision": args.precision,
         "ranks": world.size,
-        "parameters": trainer.parameters,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters()),
         "kept_bytes": kept,
         "peak_bytes": peak,
         "predicted_of_peak": predicted.total / peak,

@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --only vmd --vocab 27 --rounds 9 --encoder 1x128 --encoder 1x256
 
 Both sides take turns in one run; ratios are medians over rounds. Steps are bare PyTorch (forward, backward, clipping,
-AdamW, EMA) but in `overhead`, where the same step goes through DeepSpeed (ZeRO-0), our loop and its telemetry.
+AdamW, EMA) but in `overhead`, where the same step goes through DeepSpeed (ZeRO-0; on a GPU ZeRO-1), our loop and its
+telemetry.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
         "training.checkpoint_every": 10**6,
         "evaluation.every": "null",
         "telemetry.log_every": 5,
-        "deepspeed.zero_optimization.stage": 0,
+        "deepspeed.zero_optimization.stage": 1 if torch.cuda.is_available() else 0,  # in bf16 there is no 0
     }
     config = load_config(QUICKSTART, [f"{key}={value}" for key, value in settings.items()])
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -118,7 +119,10 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
     try:
         trainer = Trainer(config, folder / "run", world, tokenizer)
         model = build_model(config, tokenizer.vocab_size)
-        bare = BareStep(build_architecture(config, tokenizer.vocab_size), rows, world.device, model=model)
+        on_gpu = world.device.type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        architecture = build_architecture(config, tokenizer.vocab_size)
+        bare = BareStep(architecture, rows, world.device, dtype, compiled=on_gpu, model=model)
         times: dict[str, list[float]] = {"loop": [], "bare": [], "preparing a batch": []}
         original = trainer.loader.steps
 

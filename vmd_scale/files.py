@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from vmd_scale.errors import UserError
 
 Item = TypeVar("Item")
@@ -77,6 +75,8 @@ def read_json(path: str | Path, kind: type[Item]) -> Item:
 
 def checked(kind: type[Item], values: object, origin: str) -> Item:
     """Plain values as `kind`; keys that it does not know are left out, they are a newer version's."""
+    from pydantic import TypeAdapter, ValidationError  # here: benchmarks write files where pydantic is missing
+
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vmd_scale.model import attention as module
+from vmd_scale.model import layers
 from vmd_scale.model.attention import (
     Documents,
     Flash,
@@ -12,6 +13,7 @@ from vmd_scale.model.attention import (
     choose_kernel,
     document_boundaries,
     flash_available,
+    rotary_table,
 )
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 2, 2, 0, 0, 0]])
@@ -62,11 +64,12 @@ def test_documents_do_not_see_each_other(kernel):
             assert torch.allclose(out[0], whole[0][row, places], atol=1e-10)
 
 
-def by_pieces(q, k, v, ends_q, ends_k, longest_q, longest_k):
+def by_pieces(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """What a varlen kernel is specified to compute."""
-    assert (longest_q, longest_k) == (8, 8)
+    assert (max_seqlen_q, max_seqlen_k) == (8, 8)
+    assert cu_seqlens_q is cu_seqlens_k
     pieces = []
-    for start, end in zip(ends_q[:-1].tolist(), ends_q[1:].tolist(), strict=True):
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
         if start < end:
             pieces.append(attention(*(x[start:end].unsqueeze(0) for x in (q, k, v)), None, "reference")[0])
     return torch.cat(pieces)
@@ -92,6 +95,30 @@ def test_every_version_of_flash_attention_is_understood(returned, monkeypatch):
     monkeypatch.setattr(module, "flash_kernels", lambda: Flash(3, dense, None))
     qkv = tensors(2, 5, 2, 4, torch.bfloat16, "cpu")
     assert torch.equal(attention(*qkv, None, "flash"), attention(*qkv, None, "reference"))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, monkeypatch):
+    """Whatever breaks the graph here (a search for kernels, a value read on the host) breaks it in every layer."""
+
+    def dense(q, k, v):
+        return attention(q, k, v, None, "reference")
+
+    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(2, dense, None))
+    torch.manual_seed(0)
+    block = layers.Block(32, 2, 2.0, "gelu", "layernorm", 0.0, kernel, condition=8).bfloat16()
+    block.keep_products = checkpointed
+    x = torch.randn(2, 6, 32, dtype=torch.bfloat16)
+    table = rotary_table(torch.arange(6), 16)
+    condition = torch.randn(2, 1, 8, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    found = []
+    for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)):
+        block.zero_grad()
+        run(x, table, None, condition).square().sum().backward()
+        found.append([p.grad.clone() for p in block.parameters()])
+    assert far(*found) < 1e-2
 
 
 # ---- on a GPU

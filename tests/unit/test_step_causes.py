@@ -16,6 +16,8 @@ from vmd_scale.model import VMD, Architecture, head
 ROWS, LENGTH, VOCAB = 4, 64, 3000
 # What makes the host wait for a device. Reading a shape that depends on values does, too.
 WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique_dim", "_unique2", "equal"}
+WAITS |= {"repeat_interleave", "bincount"}
+INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}  # they wait where an index is bool
 
 
 class Watch(TorchDispatchMode):
@@ -23,18 +25,21 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.largest = Counter(), 0
+        self.operations, self.waits, self.largest = Counter(), Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.operations[function.overloadpacket.__name__] += 1
+        name = function.overloadpacket.__name__
+        self.operations[name] += 1
+        if name in WAITS or (name in INDEXING and any(_is_bool(x) for x in tree_leaves(args[1]))):
+            self.waits[name] += 1
         sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         return result
 
-    @property
-    def waits(self):
-        return {name: n for name, n in self.operations.items() if name in WAITS}
+
+def _is_bool(x):
+    return isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
 
 
 def network(latent=8, **changes):
@@ -124,7 +129,10 @@ def test_nothing_in_a_step_waits_for_the_device(latent, kind, changes, monkeypat
     with Watch() as waiting:
         assert x.index.max().item() >= 0
         x.noisy.nonzero()
-    assert set(waiting.waits) == {"_local_scalar_dense", "nonzero"}
+        hidden = x.noisy.clone()
+        hidden[x.noisy == 0] = hidden[x.noisy == 0].repeat_interleave(torch.ones_like(hidden[x.noisy == 0]))
+        hidden[torch.arange(2)] = 0  # this does not
+    assert set(waiting.waits) == {"_local_scalar_dense", "nonzero", "index", "repeat_interleave", "index_put_"}
 
 
 @pytest.mark.parametrize(("latent", "forwards"), [(0, (1, 0, 0)), (8, (1, 1, 0))])

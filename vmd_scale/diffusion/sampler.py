@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, highest, masked_before
-from vmd_scale.diffusion.tokens import confidence_of, draw_tokens
+from vmd_scale.diffusion.tokens import confidence_of, draw_from
 from vmd_scale.model import VMD
 from vmd_scale.model.layers import KeyValues
 
@@ -136,8 +136,10 @@ class _Walk:
                 fade = (k - 1) / count[rows].clamp(min=1, max=total)  # of the row's own steps: not of those beside it
                 priority = self._sureness(hidden, masked[rows], priority, fade.unsqueeze(-1))
             drawn = highest(priority, masked[rows], number[rows])
-            tokens, probability = draw_tokens(
-                self.model.denoiser.logits(hidden[drawn]),
+            tokens, probability = draw_from(
+                hidden[drawn],
+                self.model.denoiser.logits,
+                self.model.architecture.vocab_size,
                 self.u[rows, inside][drawn],
                 sampler.temperature,
                 sampler.nucleus,

@@ -44,6 +44,19 @@ def draw_tokens(logits: Tensor, u: Tensor, temperature: float, nucleus: float) -
     return tokens, logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def draw_from(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, u: Tensor, temperature: float, nucleus: float
+) -> tuple[Tensor, Tensor]:
+    """`draw_tokens` of some positions, from their hidden states [N, D]; logits come in chunks."""
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    parts = [
+        draw_tokens(head(some), uniform, temperature, nucleus)
+        for some, uniform in zip(hidden.split(chunk), u.split(chunk), strict=True)
+    ]
+    tokens, probability = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(probability)
+
+
 def confidence_of(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, law: str) -> Tensor:
     """How sure the predictions at some positions are, float64 [N], from hidden states [N, D]; logits come in chunks."""
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+log = logging.getLogger(__name__)
 Mask = Union[Tensor, BlockMask, "Documents", None]
 
 
@@ -57,19 +59,31 @@ class Flash(NamedTuple):
 
 @functools.cache
 def flash_kernels() -> Flash | None:
-    """The newest flash-attn that works here, or None. It is really imported: a bad build fails only then."""
+    """The flash-attn that was made for this GPU and works, or None."""
     if not torch.cuda.is_available():
         return None
-    modern = torch.cuda.get_device_capability() >= (9, 0)
-    for version, module in ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn")):
-        if version > 2 and not modern:
-            continue
+    modules = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
+    capability = torch.cuda.get_device_capability()[0]
+    for version in (3, 4, 2) if capability == 9 else (4, 2) if capability > 9 else (2,):
         try:
-            found = importlib.import_module(module)
-            return Flash(version, found.flash_attn_func, found.flash_attn_varlen_func)
-        except (ImportError, OSError, AttributeError):
+            found = importlib.import_module(modules[version])
+            flash = Flash(version, found.flash_attn_func, found.flash_attn_varlen_func)
+            _try(flash)
+        except Exception as error:  # a build for another PyTorch, CUDA or GPU fails in ways of its own
+            if not isinstance(error, ModuleNotFoundError):
+                log.warning("flash-attn %d is installed and does not work: %r", version, error)
             continue
+        return flash
     return None
+
+
+def _try(flash: Flash) -> None:
+    """Forward and backward of both kernels, tiny."""
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (torch.randn(1, 16, 1, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+        ends = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
+        for out in (_first(flash.dense(q, k, v)), _varlen(flash, q, k, v, ends)):
+            out.sum().backward()
 
 
 def flash_available() -> bool:
@@ -101,26 +115,27 @@ def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> st
     return wanted
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str | Flash) -> Tensor:
     """Softmax attention, bidirectional.
 
     Args:
         q: [B, L, heads, head width]; k, v: [B, S, heads, head width].
         mask: bool, broadcastable to [B, heads, L, S], true where attention is allowed; None allows all; a `BlockMask`
             is for FlexAttention; `Documents` for rows that hold several.
-        kernel: flash | sdpa | flex | reference. Flash has no general mask: SDPA takes over where there is one.
+        kernel: flash (or what `flash_kernels` found) | sdpa | flex | reference. Flash has no general mask and no fp32:
+            SDPA takes over there.
 
     Returns:
         [B, L, heads, head width].
     """
-    flash = flash_kernels() if kernel == "flash" and q.dtype in (torch.bfloat16, torch.float16) else None
+    flash = flash_kernels() if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        flash = None
     if flash is not None and mask is None:
         return _first(flash.dense(q, k, v))
     if isinstance(mask, Documents):
         if flash is not None and mask.boundaries is not None:
-            rows = (x.flatten(0, 1) for x in (q, k, v))
-            ends, longest = mask.boundaries, q.shape[1]
-            return _first(flash.varlen(*rows, ends, ends, longest, longest)).view_as(q)
+            return _varlen(flash, q, k, v, mask.boundaries)
         mask = mask.mask()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
@@ -133,6 +148,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str) -> Tenso
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def _varlen(flash: Flash, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    rows, longest = (x.flatten(0, 1) for x in (q, k, v)), q.shape[1]
+    # By name: version 4 has another argument among these.
+    bounds = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return _first(flash.varlen(*rows, **bounds)).view_as(q)
 
 
 def _first(result: Any) -> Tensor:

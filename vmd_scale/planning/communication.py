@@ -52,8 +52,8 @@ def seconds_per_step(
     if stage == 0:
         return all_reduce(gradients, ranks, gpu), 0.0
     updated = all_gather(weights, ranks, gpu)  # after the optimizer, before the next forward
-    if stage == 1:
-        return all_gather(gradients, ranks, gpu), updated
+    if stage == 1:  # DeepSpeed sums all gradients on all ranks, and each updates its part
+        return all_reduce(gradients, ranks, gpu), updated
     if stage == 2:
         return micro_batches * all_gather(gradients, ranks, gpu), updated
     gathered = 2 * layers * all_gather(weights / layers, ranks, gpu)  # forward, and again backward

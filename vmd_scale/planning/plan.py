@@ -64,9 +64,12 @@ class Plan:
         of_rank = rows / gpus
         micro_batches = max(1, round(of_rank / training.micro_batch))
         compute = of_rank * length * self.flops.total / (self.gpu.peak_flops * self.mfu)
+        if training.activation_checkpointing == "full":
+            compute *= 4 / 3  # every forward is made twice
         low = 2 if self.precision == "bf16" else 4
+        stage = self.config.zero_stage if stage is None else stage
         hideable, exposed = seconds_per_step(
-            self.config.zero_stage if stage is None else stage,
+            stage,
             low * self.parameters,
             4 * self.parameters,  # accumulated and reduced in fp32
             micro_batches,
@@ -74,7 +77,8 @@ class Plan:
             gpus,
             self.gpu,
         )
-        hidden = min(HIDDEN * hideable, 2 / 3 * compute)  # the backward pass is two thirds
+        overlaps = self.config.deepspeed.get("zero_optimization", {}).get("overlap_comm", stage == 3)
+        hidden = min(HIDDEN * hideable, 2 / 3 * compute) if overlaps else 0.0  # the backward pass is two thirds
         seconds = compute + hideable - hidden + exposed
         tokens_per_second = rows * length / seconds
         days = training.steps * training.global_batch * length / tokens_per_second / 86_400

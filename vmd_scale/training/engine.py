@@ -94,6 +94,7 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
         result.setdefault("zero_force_ds_cpu_optimizer", False)  # ours, rather than one that is compiled for minutes
     # DeepSpeed's defaults for these have changed between versions.
     result["bf16"] = {"check_grad_overflow": True, **result.get("bf16", {}), "enabled": precision == "bf16"}
+    result.setdefault("communication_data_type", "fp32")  # else gradients are rounded to bf16 before they are summed
     result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}
     result["zero_optimization"] = {"overlap_comm": stage == 3, **result.get("zero_optimization", {}), "stage": stage}
     result.setdefault("zero_allow_untested_optimizer", True)
