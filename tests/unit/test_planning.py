@@ -219,7 +219,19 @@ def test_a_plan_adds_up():
     assert one.tokens_per_second == pytest.approx(0.4 * 989e12 / plan.flops.total)
     assert one.days == pytest.approx(100 * 64 * 128 / one.tokens_per_second / 86_400)
     assert one.price == pytest.approx(one.days * 24 * plan.gpu.price)
-    assert one.tokens_per_second < eight.tokens_per_second < 8 * one.tokens_per_second
+    assert eight.tokens_per_second < 8 * one.tokens_per_second
+    large, full = (
+        Plan(config, build_architecture(config, VOCABULARY), GPUS["h100"], "bf16").speed
+        for config in (
+            config_of(
+                model={"layers": 12, "width": 768, "heads": 12},
+                training={"global_batch": 512, "micro_batch": 64, "activation_checkpointing": kind},
+            )
+            for kind in ("none", "full")
+        )
+    )
+    assert large(1).tokens_per_second < large(8).tokens_per_second < 8 * large(1).tokens_per_second
+    assert full(1).tokens_per_second == pytest.approx(0.75 * large(1).tokens_per_second)
     assert all(a.efficiency >= b.efficiency for a, b in itertools.pairwise(plan.curve()))
     found = json.loads(json.dumps(plan.to_dict(8)))
     assert found["zero_stages"]["1"]["total"] == sum(found["zero_stages"]["1"]["memory"].values())
