@@ -131,8 +131,8 @@ def damaged(lab, runs, whole) -> dict:
 
 
 def die_in_save(arguments: list[str], place: str) -> None:
-    """pretrain.py, killed while it saves step 8: in the middle of a file, before the folder gets its name, or before
-    `latest` points to it."""
+    """pretrain.py, killed while it saves step 8: in the middle of a file, before the folder gets its name, before
+    `latest` points to it, or while step 4 is thrown away."""
     from vmd_scale.training import checkpoint
 
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as all other runs
@@ -141,8 +141,9 @@ def die_in_save(arguments: list[str], place: str) -> None:
     def doomed(self, step, *arguments):
         if step == 8:
             self.finish()
-            owner = checkpoint.os if place == "rename" else checkpoint
-            setattr(owner, place, half_of_a_file if place == "save_file" else lambda *_: os._exit(9))
+            owner = {"rename": checkpoint.os, "rmtree": checkpoint.shutil}.get(place, checkpoint)
+            half = {"save_file": half_of_a_file, "rmtree": half_of_a_folder}
+            setattr(owner, place, half.get(place, lambda *_: os._exit(9)))
         return begin(self, step, *arguments)
 
     checkpoint.Checkpointer.begin = doomed
@@ -153,6 +154,12 @@ def die_in_save(arguments: list[str], place: str) -> None:
 def half_of_a_file(tensors, path, metadata):
     path.write_bytes(b"half of it")
     os._exit(9)
+
+
+def half_of_a_folder(folder, ignore_errors=False):
+    if folder.exists():
+        (folder / "manifest.json").unlink()
+        os._exit(9)
 
 
 def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
@@ -285,17 +292,21 @@ def test_latest_names_a_whole_checkpoint_and_old_ones_are_thrown_away(whole, eva
     assert (evaluated / "checkpoints" / "best").read_text() == "step-00000010\n"
 
 
-@pytest.mark.parametrize(("place", "newest"), [("save_file", 4), ("rename", 4), ("write_atomically", 8)])
-def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest):
+@pytest.mark.parametrize(
+    ("place", "newest", "latest"), [("save_file", 4, 4), ("rename", 4, 4), ("write_atomically", 8, 4), ("rmtree", 8, 8)]
+)
+def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest, latest):
+    """One is kept: what was thrown away in half, or replaced, leaves nothing behind."""
     folder = runs / f"dies-in-{place}"
+    arguments = lab.pretrain_arguments(folder, "training.keep_checkpoints=1")
     with pytest.raises(RuntimeError, match="died without a word"):
-        run_in_processes(die_in_save, 1, lab.pretrain_arguments(folder), place)
-    assert (folder / "checkpoints" / "latest").read_text() == "step-00000004\n"
+        run_in_processes(die_in_save, 1, arguments, place)
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{latest:08d}\n"
     assert find_checkpoint(folder).name == f"step-{newest:08d}"
-    finished = lab.pretrain(folder, ranks=1)
+    finished = lab.pretrain(folder, "training.keep_checkpoints=1", ranks=1)
     assert f"step-{newest:08d} at step {newest}" in finished[0].text
     assert_same_run(lab, folder, one_rank)
-    assert not list((folder / "checkpoints").glob(".staging-*"))
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000012", "latest"}
 
 
 def test_the_status_tells_a_stop_that_was_asked_for_from_a_signal(damaged, stopped, whole):
@@ -350,8 +361,11 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(l
     shutil.copytree(whole, folder)
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         flip_a_bit(checkpoint / "weights-00000-of-00002.safetensors")
+    (folder / "checkpoints" / "step-00000012" / "manifest.json").unlink()
     metrics = (folder / "metrics.jsonl").read_bytes()
-    finished = lab.pretrain(folder, "training.steps=20", expect=2)
-    assert "all checkpoints in" in finished[0].errors[0]
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-    assert list((folder / "checkpoints").glob("damaged-step-*"))
+    for _ in range(2):  # as the jobs of a chain would
+        finished = lab.pretrain(folder, "training.steps=20", expect=2)
+        assert "all checkpoints in" in finished[0].errors[0]
+        assert (folder / "metrics.jsonl").read_bytes() == metrics
+        damaged = sorted(path.name for path in (folder / "checkpoints").glob("*step-*"))
+        assert damaged == [f"damaged-step-{step:08d}" for step in (4, 8, 12)]

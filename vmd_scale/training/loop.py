@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
-from vmd_scale.checkpoints import whole_checkpoints
+from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.mixture import training_rows
@@ -53,7 +53,7 @@ class Trainer:
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
         source = training.init_from
-        (resumes,) = world.any(world.is_main and bool(whole_checkpoints(run_folder / "checkpoints")))
+        (resumes,) = world.any(world.is_main and bool(all_checkpoints(run_folder / "checkpoints")))
         if source is not None and not resumes:
             world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
         self.checkpoint_bytes = bytes_of_checkpoint(model, self.precision, bool(training.ema_decay))
