@@ -101,6 +101,18 @@ def full_disk() -> None:
     checkpoint.save_file = full
 
 
+def folders_of_their_own() -> None:
+    """Rank 1 saves where rank 0 does not see it, and nothing said so at the start."""
+    from vmd_scale.training import checkpoint
+
+    start = checkpoint.Checkpointer.__init__
+
+    def elsewhere(self, folder, world, *arguments):
+        start(self, folder if world.is_main else folder.with_name("elsewhere"), world, *arguments)
+
+    checkpoint.Checkpointer.__init__ = elsewhere
+
+
 FAULTS = {
     "nothing": nothing,
     "two bad batches": bad_batches(2, 3),
@@ -108,6 +120,7 @@ FAULTS = {
     "bad batches without end": bad_batches(*range(4, 100)),
     "spike": spike,
     "full disk": full_disk,
+    "folders of their own": folders_of_their_own,
 }
 
 
@@ -182,6 +195,15 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs, whole):
     text = (folder / "log.txt").read_text()
     assert "CHECKPOINT OF STEP 8 NOT WRITTEN (rank 1: OSError: [Errno 28] No space left on device)" in text
     assert "training goes on; the newest is step-00000004" in text
+
+
+def test_a_checkpoint_that_rank_0_cannot_see_whole_is_not_published(lab, runs):
+    folder = runs / "elsewhere"
+    assert launch(lab, folder, "folders of their own", "training.steps=4", ranks=2) == [1, 1]
+    assert not [*(folder / "checkpoints").glob("*step-*"), *(folder / "checkpoints").glob("latest")]
+    text = (folder / "log.txt").read_text()
+    missing = "weights-00001-of-00002.safetensors is missing, as rank 0 sees it"
+    assert f"CHECKPOINT OF STEP 4 NOT WRITTEN ({missing}): training goes on; there is none" in text
 
 
 def test_a_folder_in_use_is_refused(lab, runs, whole):

@@ -126,9 +126,16 @@ class Checkpointer:
         return problem is None
 
     def _name(self, writer: "_Writer", files: dict[str, Any]) -> str | None:
-        """On rank 0: from a staging folder to a checkpoint. Returns what went wrong."""
+        """On rank 0, if it sees what all ranks say they wrote: from a staging folder to a checkpoint.
+
+        Returns what went wrong.
+        """
         final = self.folder / writer.staging.name.removeprefix(STAGING)
         try:
+            for name, record in files.items():
+                problem = missing_or_torn(writer.staging / name, record)
+                if problem is not None:
+                    return f"{problem}, as rank 0 sees it"
             write_json(writer.staging / MANIFEST, {"step": writer.step, "files": files})
             flush_to_disk(writer.staging)
             if final.exists():
