@@ -6,7 +6,7 @@ checkpoints/step-00000100/
     weights-00000-of-00002.safetensors    each rank's fragments of the fp32 masters and their EMA: all that evaluation
                                           and export read
     optimizer-00000-of-00002.safetensors  the same fragments of the optimizer's state: what a resume reads as well
-    run_state.json                        step, tokens, configuration, tokenizer fingerprint, world size
+    run_state.json                        step, tokens, configuration, fingerprint of tokenizer and data, world size
     manifest.json                         size and sha256 of every file above; written last
 
 Nothing here depends on the world size, the ZeRO stage or the precision, and nothing is a pickle.

@@ -19,6 +19,9 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.config import load_config
+from vmd_scale.data.prepare import prepare
+from vmd_scale.files import sha256_of
 
 LAST = 12
 # Bounds at so many T that the evaluation after step 7 takes seconds: a signal sent when step 6 is seen finds the run
@@ -347,6 +350,54 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(lab, runs, whole, setting
     assert re.search(message, line)
     assert "Traceback" not in finished.text
     assert files_of(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("rows", lambda text: text + "one row more\n" * 20),
+        ("unigram_entropy", lambda text: text.replace("mask", "bask")),
+        (None, lambda text: text),
+    ],
+    ids=["more", "others", "the same in smaller shards"],
+)
+def test_other_data_under_the_same_name_are_refused(lab, runs, whole, key, change):
+    """Another number of rows is another permutation: rows would be repeated and left out."""
+    source, shards = runs / f"{key}.txt", runs / f"shards-{key}"
+    source.write_text(change(lab.source.read_text()))
+    settings = [f"data.source={source}", f"data.shards={shards}", "data.shard_tokens=1000"]
+    prepare(load_config(lab.config, settings).data, progress=False)
+    assert len(list(shards.glob("train-*.tokens"))) > 1
+    before = files_of(whole)
+    (finished,) = lab.pretrain(whole, *settings, ranks=1, expect=0 if key is None else 2)
+    if key is None:
+        assert "nothing to do: 12 steps are done" in finished.text
+    else:
+        (line,) = finished.errors
+        assert re.search(
+            f"data.shards '{shards}': {key} of split 'train' is .*, but .*-00000012 was trained with", line
+        )
+        assert files_of(whole) == before
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_resumed(lab, runs, whole):
+    """One of a version that did not write that down."""
+    folder = runs / "older"
+    shutil.copytree(whole, folder)
+    checkpoint = find_checkpoint(folder)
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("run_state.json", "manifest.json"))
+    for key in ("contents", "rollbacks"):
+        state.pop(key, None)
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
+    record = {
+        "bytes": (checkpoint / "run_state.json").stat().st_size,
+        "sha256": sha256_of(checkpoint / "run_state.json"),
+    }
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({**manifest, "files": {**manifest["files"], "run_state.json": record}})
+    )
+    lab.pretrain(folder, "training.steps=13")
+    assert find_checkpoint(folder).name == "step-00000013"
 
 
 def test_a_finished_run_has_nothing_to_do(lab, whole):

@@ -33,7 +33,6 @@ from vmd_scale.checkpoints import (
     step_of,
     whole_checkpoints,
 )
-from vmd_scale.config import Config, parse_config
 from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.files import flush_to_disk, sha256_of, write_atomically, write_json
 from vmd_scale.training.ema import ShardedEMA
@@ -43,8 +42,6 @@ from vmd_scale.training.zero import ShardedMaster
 
 log = logging.getLogger(__name__)
 STAGING, DAMAGED = ".staging-", "damaged-"
-# Keys of data that say where and how, not what.
-MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
 
 
 class Checkpointer:
@@ -348,34 +345,3 @@ class _Writer(threading.Thread):
         path = self.staging / name
         flush_to_disk(path)
         self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
-    """A resumed run must be the same experiment; how long and how often may change.
-
-    Raises:
-        UserError: names the key and both values.
-    """
-    state = json.loads((checkpoint / RUN_STATE).read_text())
-    if state["tokenizer_fingerprint"] != fingerprint:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
-            f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
-        )
-    saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
-    ours = config.model_dump(mode="json")
-    for values in (saved, ours):
-        values["data"]["mixture"] = [
-            {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
-        ]
-    fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
-    fixed += [("model", k) for k in ours["model"] if k != "attention"]
-    fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
-    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay", "trainable", "lora")]
-    for section, key in fixed:
-        before = saved[section][key]
-        if before != ours[section][key]:
-            raise UserError(
-                f"{section}.{key} is {ours[section][key]!r}, but {checkpoint} was trained with {before!r}; "
-                "choose another --output, or put it back"
-            )

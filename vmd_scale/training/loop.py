@@ -14,6 +14,7 @@ from vmd_scale.build import build_architecture, build_model, build_objective, ma
 from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader
+from vmd_scale.data.manifest import contents_of
 from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.noise import Noise
@@ -27,7 +28,7 @@ from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
-from vmd_scale.training.checkpoint import Checkpointer, check_same_run
+from vmd_scale.training.checkpoint import Checkpointer
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
 from vmd_scale.training.faults import SpikeDetector, Watchdog
@@ -35,6 +36,7 @@ from vmd_scale.training.launch import World
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
+from vmd_scale.training.same_run import check_same_run
 from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.zero import ShardedMaster
@@ -63,6 +65,7 @@ class Trainer:
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
         self.reader, self.order = training_rows(config.data, training.seed)
+        self.contents = world.from_main(lambda: contents_of(config.data))
         self.loader = TrainLoader(
             self.reader,
             self.order,
@@ -91,7 +94,7 @@ class Trainer:
         found = self.checkpoints.find_latest()
         if found is None:
             return 0
-        check_same_run(self.config, self.fingerprint, found)
+        check_same_run(self.config, self.fingerprint, self.contents, found)
         return self._restore(found)
 
     def _restore(self, checkpoint: Path) -> int:
@@ -365,6 +368,7 @@ class Trainer:
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,
+            "contents": self.contents,
             "world_size": self.world.size,
             "zero_stage": self.config.zero_stage,
             "precision": self.precision,
