@@ -73,18 +73,21 @@ def bad_batches(*bad: int):
     return make
 
 
-def spike() -> None:
-    """Batch 19 is one that the loss does not survive; the detector sees 16 steps before it."""
-    from vmd_scale.training import loop
+def spike(*bad: int):
+    """These batches are ones that the loss does not survive; the detector sees at least 16 steps before them."""
 
-    metrics = loop.Trainer._metrics
+    def make() -> None:
+        from vmd_scale.training import loop
 
-    def risen(self, done, losses):
-        record = metrics(self, done, losses)
-        bad = done - 1 + self.skipped_batches == 19
-        return record | {"loss": 100.0} if bad else record
+        metrics = loop.Trainer._metrics
 
-    loop.Trainer._metrics = risen
+        def risen(self, done, losses):
+            record = metrics(self, done, losses)
+            return record | {"loss": 100.0} if done - 1 + self.skipped_batches in bad else record
+
+        loop.Trainer._metrics = risen
+
+    return make
 
 
 def full_disk() -> None:
@@ -118,7 +121,8 @@ FAULTS = {
     "two bad batches": bad_batches(2, 3),
     "a bad beginning": bad_batches(*range(4)),
     "bad batches without end": bad_batches(*range(4, 100)),
-    "spike": spike,
+    "spike": spike(19),
+    "spikes without end": spike(*range(39, 200)),
     "full disk": full_disk,
     "folders of their own": folders_of_their_own,
 }
@@ -178,6 +182,19 @@ def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
     assert state["skipped_batches"] == 4
     text = (folder / "log.txt").read_text()
     assert "rolled back to step 16; the rows at positions 128 to 159 of the sample order are left out" in text
+
+
+def test_roll_backs_are_counted_over_all_starts(lab, runs):
+    """Called again, the run knows what it has left out, and that it may not go back for a sixth time."""
+    folder = runs / "spikes"
+    settings = ("training.loss_spike=rollback", "training.steps=60", "training.keep_checkpoints=10")
+    for _ in range(2):
+        assert launch(lab, folder, "spikes without end", *settings) == [1]
+        assert [event["step"] for event in events(folder, "rolled back")] == [36, 32, 28, 24, 20]
+        checkpoint = find_checkpoint(folder)
+        state = json.loads((checkpoint / "run_state.json").read_text())
+        assert (checkpoint.name, state["rollbacks"], state["skipped_batches"]) == ("step-00000020", 5, 24)
+    assert "after 5 roll-backs" in json.loads((folder / "status.json").read_text())["reason"]
 
 
 def test_a_spike_is_only_said_when_nothing_else_is_asked(lab, runs):

@@ -135,10 +135,10 @@ class Checkpointer:
                     return f"{problem}, as rank 0 sees it"
             write_json(writer.staging / MANIFEST, {"step": writer.step, "files": files})
             flush_to_disk(writer.staging)
-            if final.exists():
-                _throw_away([final])
+            replaced = _hide([final] if final.exists() else [])
             os.rename(writer.staging, final)
             flush_to_disk(self.folder)
+            _delete(replaced)
             write_atomically(self.folder / LATEST, final.name + "\n")
             if writer.bound < self.best_bound:
                 write_atomically(self.folder / BEST, final.name + "\n")
@@ -298,12 +298,20 @@ def _set_aside(checkpoint: Path, problem: str) -> None:
 
 def _throw_away(folders: list[Path]) -> None:
     """By a rename first: a kill in the middle leaves no half of a checkpoint, only what the next start clears."""
-    doomed = [folder.with_name(f"{STAGING}old-{folder.name}") for folder in folders]
-    for folder, aside in zip(folders, doomed, strict=True):
+    _delete(_hide(folders))
+
+
+def _hide(folders: list[Path]) -> list[Path]:
+    hidden = [folder.with_name(f"{STAGING}old-{folder.name}") for folder in folders]
+    for folder, aside in zip(folders, hidden, strict=True):
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
-    for aside in doomed:
-        shutil.rmtree(aside)
+    return hidden
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 class _Writer(threading.Thread):

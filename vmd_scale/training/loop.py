@@ -41,7 +41,7 @@ from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.zero import ShardedMaster
 
-MAX_ROLLBACKS = 5
+MAX_ROLLBACKS = 5  # of a run, over all its starts
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +104,7 @@ class Trainer:
         self.tokens.fill_(state["tokens"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], 0
         self.skipped_batches = state["skipped_batches"]
+        self.rollbacks = state.get("rollbacks", 0)  # checkpoints of older versions do not know
         self.checkpoints.best_bound = state["best_bound"]
         self.spikes = SpikeDetector(state["losses"])
         how = f" ({', '.join(changed)})" if changed else ""
@@ -114,7 +115,8 @@ class Trainer:
         """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request.
 
         Raises:
-            RunFailed: too many steps in a row without a finite gradient; the last checkpoint cannot be written.
+            RunFailed: too many steps in a row without a finite gradient; too many roll-backs; the last checkpoint
+                cannot be written.
         """
         telemetry = Telemetry(self.run_folder, self.config, self.world.is_main, first_step)
         self.watch, self.waited = Stopwatch(), self.loader.wait_seconds
@@ -201,8 +203,11 @@ class Trainer:
 
         Returns its step, or None if there is none.
         """
-        if self.rollbacks == MAX_ROLLBACKS:
-            raise RunFailed(f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs")
+        if self.rollbacks >= MAX_ROLLBACKS:
+            raise RunFailed(
+                f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs; look at the "
+                "data and the learning rate, or go on with training.loss_spike 'warn'"
+            )
         if self.checkpoints.pending:
             self._publish(done, telemetry)
         # The last loss that was judged and found good is of the weights before the update of its step.
@@ -210,10 +215,9 @@ class Trainer:
         if found is None:
             log.warning("there is no checkpoint from before the spike: going on")
             return None
-        self.rollbacks += 1
-        rows, shift = self.config.training.global_batch, self.skipped_batches
+        rows, shift, rollbacks = self.config.training.global_batch, self.skipped_batches, self.rollbacks
         step = self._restore(found)
-        self.skipped_batches = shift + done - step
+        self.skipped_batches, self.rollbacks = shift + done - step, rollbacks + 1
         first = (step + shift) * rows
         log.warning(
             "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
@@ -225,6 +229,7 @@ class Trainer:
         telemetry.event("rolled back", step, rolled_back_from=done)
         self.step_at_log, self.tokens_at_log = step, int(self.tokens)
         self.engine.train()
+        self._save(step, math.inf)  # anew: called again before the next one is due, the run must know what it left out
         return step
 
     def _publish(self, done: int, telemetry: Telemetry) -> None:
@@ -363,6 +368,7 @@ class Trainer:
             "tokens": int(self.tokens),
             "skipped_steps": self.skipped_steps,
             "skipped_batches": self.skipped_batches,
+            "rollbacks": self.rollbacks,
             "best_bound": min(bound, self.checkpoints.best_bound),
             "losses": self.spikes.state(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
