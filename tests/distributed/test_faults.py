@@ -105,6 +105,20 @@ def full_disk() -> None:
     checkpoint.save_file = full
 
 
+def no_pointer() -> None:
+    """There is room for the checkpoint of step 8, but not for the file that points to it."""
+    from vmd_scale.training import checkpoint
+
+    write = checkpoint.write_atomically
+
+    def full(path, content):
+        if content == "step-00000008\n":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    checkpoint.write_atomically = full
+
+
 def folders_of_their_own() -> None:
     """Rank 1 saves where rank 0 does not see it, and nothing said so at the start."""
     from vmd_scale.training import checkpoint
@@ -125,6 +139,7 @@ FAULTS = {
     "spike": spike(19),
     "spikes without end": spike(*range(39, 200)),
     "full disk": full_disk,
+    "no pointer": no_pointer,
     "folders of their own": folders_of_their_own,
 }
 
@@ -213,6 +228,15 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs, whole):
     text = (folder / "log.txt").read_text()
     assert "CHECKPOINT OF STEP 8 NOT WRITTEN (rank 1: OSError: [Errno 28] No space left on device)" in text
     assert "training goes on; the newest is step-00000004" in text
+
+
+def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(lab, runs):
+    folder = runs / "pointer"
+    assert launch(lab, folder, "no pointer", "training.steps=8", "training.keep_checkpoints=1") == [0]
+    assert [path.name for path in whole_checkpoints(folder / "checkpoints")] == ["step-00000008"]
+    text = (folder / "log.txt").read_text()
+    assert "step-00000008 is written, but not every pointer to it: [Errno 28] No space left" in text
+    assert "NOT WRITTEN" not in text
 
 
 def test_a_checkpoint_that_rank_0_cannot_see_whole_is_not_published(lab, runs):

@@ -138,13 +138,15 @@ class Checkpointer:
             replaced = _hide([final] if final.exists() else [])
             os.rename(writer.staging, final)
             flush_to_disk(self.folder)
-            _delete(replaced)
+        except OSError as error:
+            return str(error)
+        try:
             write_atomically(self.folder / LATEST, final.name + "\n")
             if writer.bound < self.best_bound:
                 write_atomically(self.folder / BEST, final.name + "\n")
-        except OSError as error:
-            return str(error)
-        self._prune()
+        except OSError as error:  # which nothing that is whole depends on
+            log.error("%s is written, but not every pointer to it: %s", final, error)
+        self._prune(replaced)
         return None
 
     def find_latest(self) -> Path | None:
@@ -250,8 +252,9 @@ class Checkpointer:
             self.world.on_all(read_share)
         return self.world.first_problem(next((p for p in problems if p is not None), None))
 
-    def _prune(self) -> None:
+    def _prune(self, replaced: list[Path]) -> None:
         try:
+            _delete(replaced)
             _throw_away([old for old in all_checkpoints(self.folder)[: -self.keep] if old.name != self._best_name()])
         except OSError as error:
             log.warning("an old checkpoint could not be thrown away: %s", error)
