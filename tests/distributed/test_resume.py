@@ -173,6 +173,29 @@ def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
         time.sleep(0.02)
 
 
+def fragments_after_resume(config_path: Path, folder: Path, cases: tuple[tuple[str, ...], ...]) -> list:
+    """On each rank, for each case of settings: kind -> [(parameter, first element, values)], before any step."""
+    from vmd_scale.tokenization import load_tokenizer
+    from vmd_scale.training.launch import join_world, leave_world
+    from vmd_scale.training.loop import Trainer
+    from vmd_scale.training.zero import fragment_values
+
+    world, found = join_world(), []
+    for settings in cases:
+        config = load_config(config_path, settings)
+        trainer = Trainer(config, folder, world, load_tokenizer(config.data.tokenizer))
+        assert trainer.resume() == trainer.ema.updates == LAST
+        partitions = {"ema": trainer.ema.partitions, "raw": trainer.master.partitions}
+        found.append(
+            {
+                kind: [(f.name, f.start, fragment_values(f, where).detach().clone()) for f in trainer.master.fragments]
+                for kind, where in partitions.items()
+            }
+        )
+    leave_world()
+    return found
+
+
 UNIMPORTANT = ("log.txt", "latest", ".lock")
 
 
@@ -254,6 +277,30 @@ def test_a_run_goes_on_with_other_ranks_stages_and_micro_batches(lab, elastic):
         found, wanted = (load_weights(find_checkpoint(folder), kind) for folder in (elastic["folder"], whole))
         for name in wanted:
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(1, ((0, "fp32"), (3, "fp32"), (1, "bf16"))), (2, ((3, "fp32"), (2, "fp32"), (1, "bf16")))],
+    ids=["one rank", "two ranks"],
+)
+def test_other_ranks_stages_and_precisions_take_over_weights_and_average_bit_for_bit(lab, runs, whole, ranks, cases):
+    """Of a checkpoint of two ranks in stage 1, every element, before a step could hide the difference."""
+    folder = runs / f"taken-over-by-{ranks}"
+    shutil.copytree(whole, folder)
+    saved = {kind: load_weights(find_checkpoint(whole), kind) for kind in ("ema", "raw")}
+    assert all(not torch.equal(values, saved["raw"][name]) for name, values in saved["ema"].items())
+    keys = ("deepspeed.zero_optimization.stage", "training.precision")
+    settings = tuple(tuple(f"{key}={value}" for key, value in zip(keys, case, strict=True)) for case in cases)
+    found = run_in_processes(fragments_after_resume, ranks, lab.config, folder, settings)
+    for number, (stage, _) in enumerate(cases):
+        for kind, wanted in saved.items():
+            elements = 0
+            for of_rank in found:
+                for name, start, values in of_rank[number][kind]:
+                    assert torch.equal(values, wanted[name].view(-1)[start : start + len(values)]), (kind, name)
+                    elements += len(values)
+            assert elements == sum(values.numel() for values in wanted.values()) * (ranks if stage == 0 else 1)
 
 
 def test_what_has_changed_is_said(elastic):
