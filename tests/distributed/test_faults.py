@@ -235,7 +235,7 @@ def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(lab, runs):
     assert launch(lab, folder, "no pointer", "training.steps=8", "training.keep_checkpoints=1") == [0]
     assert [path.name for path in whole_checkpoints(folder / "checkpoints")] == ["step-00000008"]
     text = (folder / "log.txt").read_text()
-    assert "step-00000008 is written, but not every pointer to it: [Errno 28] No space left" in text
+    assert "step-00000008 is whole, but latest cannot be made to name it: [Errno 28] No space left" in text
     assert "NOT WRITTEN" not in text
 
 

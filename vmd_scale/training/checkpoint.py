@@ -140,14 +140,17 @@ class Checkpointer:
             flush_to_disk(self.folder)
         except OSError as error:
             return str(error)
-        try:
-            write_atomically(self.folder / LATEST, final.name + "\n")
-            if writer.bound < self.best_bound:
-                write_atomically(self.folder / BEST, final.name + "\n")
-        except OSError as error:  # which nothing that is whole depends on
-            log.error("%s is written, but not every pointer to it: %s", final, error)
+        self._point_to(final, LATEST, *([BEST] if writer.bound < self.best_bound else []))
         self._prune(replaced)
         return None
+
+    def _point_to(self, checkpoint: Path, *pointers: str) -> None:
+        """Nothing that is whole depends on a pointer: one that cannot be written costs a message."""
+        try:
+            for pointer in pointers:
+                write_atomically(self.folder / pointer, checkpoint.name + "\n")
+        except OSError as error:
+            log.error("%s is whole, but %s cannot be made to name it: %s", checkpoint, " and ".join(pointers), error)
 
     def find_latest(self) -> Path | None:
         """The newest checkpoint that is whole, the same on all ranks. Damaged ones are reported and set aside.
@@ -175,7 +178,8 @@ class Checkpointer:
 
     def _candidates(self) -> list[Path]:
         """Newest first, as rank 0 sees them: on a shared file system the others may not see the same yet."""
-        return self.world.from_main(lambda: all_checkpoints(self.folder)[::-1])
+        names = self.world.from_main(lambda: [path.name for path in reversed(all_checkpoints(self.folder))])
+        return [self.folder / name for name in names]
 
     def _newest_whole(self, candidates: list[Path]) -> Path | None:
         """The first that is whole. Those before it are set aside: pruning would count them as the newest."""
@@ -197,10 +201,10 @@ class Checkpointer:
         for leftover in self.folder.glob(f"{STAGING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         if found is not None:
-            write_atomically(self.folder / LATEST, found.name + "\n")
+            self._point_to(found, LATEST)
 
     def _forget(self, newer: list[Path], found: Path) -> None:
-        write_atomically(self.folder / LATEST, found.name + "\n")
+        self._point_to(found, LATEST)
         if self._best_name() in [checkpoint.name for checkpoint in newer]:
             (self.folder / BEST).unlink()
         _throw_away(newer)
