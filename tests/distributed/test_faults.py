@@ -18,7 +18,6 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
-from vmd_scale.errors import UserError
 from vmd_scale.training.lock import RunLock
 
 LAST = 12
@@ -258,20 +257,6 @@ def test_a_folder_in_use_is_refused(lab, runs, whole):
     (line,) = finished.errors
     assert f"is in use by process {os.getpid()} on" in line
     assert line.endswith(f"(If that node is dead, delete {whole / '.lock'})")
-
-
-def test_deleting_the_lock_of_a_dead_node_frees_the_folder(tmp_path):
-    """As the error says. The other lock stands for one that a file server keeps for ever."""
-    dead, ours = RunLock(tmp_path), RunLock(tmp_path)
-    dead.acquire()
-    with pytest.raises(UserError, match="delete"):
-        ours.acquire(patience=0)
-    (tmp_path / ".lock").unlink()
-    ours.acquire(patience=0)
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path).acquire(patience=0)
-    for lock in (ours, dead):
-        lock.release()
 
 
 def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):
