@@ -68,10 +68,10 @@ def show_rows(config: Config) -> str:
 
 
 def run(config: Config, output: Path, resume: str) -> int:
-    from vmd_scale.checkpoints import whole_checkpoints
+    from vmd_scale.checkpoints import all_checkpoints
     from vmd_scale.training.start import start
 
-    if resume == "never" and whole_checkpoints(output / "checkpoints"):
+    if resume == "never" and all_checkpoints(output / "checkpoints"):
         raise UserError(f"--resume never, but {output} holds a run already; choose another --output")
     return start(config, output)
 

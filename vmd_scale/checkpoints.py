@@ -6,13 +6,14 @@ checkpoints/step-00000100/
     weights-00000-of-00002.safetensors    each rank's fragments of the fp32 masters and their EMA: all that evaluation
                                           and export read
     optimizer-00000-of-00002.safetensors  the same fragments of the optimizer's state: what a resume reads as well
-    run_state.json                        step, tokens, configuration, tokenizer fingerprint, world size
+    run_state.json                        step, tokens, configuration, fingerprint of tokenizer and data, world size
     manifest.json                         size and sha256 of every file above; written last
 
 Nothing here depends on the world size, the ZeRO stage or the precision, and nothing is a pickle.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,20 @@ from vmd_scale.tokenization import Tokenizer, load_tokenizer
 LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
 
 
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Everything that has a checkpoint's name, whole or damaged, oldest first. A staging folder has not.
+
+    Raises:
+        OSError: the folder is there and cannot be read, which must not look like no checkpoints.
+    """
+    if not folder.exists():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were finished, oldest first. A staging folder is none."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+    """Checkpoints that have their manifest, oldest first: all but those that lost it to damage."""
+    return [path for path in all_checkpoints(folder) if (path / MANIFEST).exists()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -42,10 +54,19 @@ def step_of(checkpoint: Path) -> int:
 
 def damage(path: Path, wanted: dict[str, Any]) -> str | None:
     """How a file differs from what its manifest says, or None."""
+    return missing_or_torn(path, wanted) or altered(path, wanted)
+
+
+def missing_or_torn(path: Path, wanted: dict[str, Any]) -> str | None:
+    """What is wrong with a file that its size can tell, or None. Does not read it."""
     if not path.exists():
         return f"{path.name} is missing"
-    if path.stat().st_size != wanted["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
+    size = path.stat().st_size
+    return f"{path.name} has {size} bytes instead of {wanted['bytes']}" if size != wanted["bytes"] else None
+
+
+def altered(path: Path, wanted: dict[str, Any]) -> str | None:
+    """Whether a file's content is another than its manifest says, in words, or None."""
     return f"{path.name} was altered: its sha256 differs" if sha256_of(path) != wanted["sha256"] else None
 
 

@@ -73,18 +73,21 @@ def bad_batches(*bad: int):
     return make
 
 
-def spike() -> None:
-    """Batch 19 is one that the loss does not survive; the detector sees 16 steps before it."""
-    from vmd_scale.training import loop
+def spike(*bad: int):
+    """These batches are ones that the loss does not survive; the detector sees at least 16 steps before them."""
 
-    metrics = loop.Trainer._metrics
+    def make() -> None:
+        from vmd_scale.training import loop
 
-    def risen(self, done, losses):
-        record = metrics(self, done, losses)
-        bad = done - 1 + self.skipped_batches == 19
-        return record | {"loss": 100.0} if bad else record
+        metrics = loop.Trainer._metrics
 
-    loop.Trainer._metrics = risen
+        def risen(self, done, losses):
+            record = metrics(self, done, losses)
+            return record | {"loss": 100.0} if done - 1 + self.skipped_batches in bad else record
+
+        loop.Trainer._metrics = risen
+
+    return make
 
 
 def full_disk() -> None:
@@ -101,13 +104,42 @@ def full_disk() -> None:
     checkpoint.save_file = full
 
 
+def no_pointer() -> None:
+    """There is room for the checkpoint of step 8, but not for the file that points to it."""
+    from vmd_scale.training import checkpoint
+
+    write = checkpoint.write_atomically
+
+    def full(path, content):
+        if content == "step-00000008\n":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content)
+
+    checkpoint.write_atomically = full
+
+
+def folders_of_their_own() -> None:
+    """Rank 1 saves where rank 0 does not see it, and nothing said so at the start."""
+    from vmd_scale.training import checkpoint
+
+    start = checkpoint.Checkpointer.__init__
+
+    def elsewhere(self, folder, world, *arguments):
+        start(self, folder if world.is_main else folder.with_name("elsewhere"), world, *arguments)
+
+    checkpoint.Checkpointer.__init__ = elsewhere
+
+
 FAULTS = {
     "nothing": nothing,
     "two bad batches": bad_batches(2, 3),
     "a bad beginning": bad_batches(*range(4)),
     "bad batches without end": bad_batches(*range(4, 100)),
-    "spike": spike,
+    "spike": spike(19),
+    "spikes without end": spike(*range(39, 200)),
     "full disk": full_disk,
+    "no pointer": no_pointer,
+    "folders of their own": folders_of_their_own,
 }
 
 
@@ -167,6 +199,19 @@ def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
     assert "rolled back to step 16; the rows at positions 128 to 159 of the sample order are left out" in text
 
 
+def test_roll_backs_are_counted_over_all_starts(lab, runs):
+    """Called again, the run knows what it has left out, and that it may not go back for a sixth time."""
+    folder = runs / "spikes"
+    settings = ("training.loss_spike=rollback", "training.steps=60", "training.keep_checkpoints=10")
+    for _ in range(2):
+        assert launch(lab, folder, "spikes without end", *settings) == [1]
+        assert [event["step"] for event in events(folder, "rolled back")] == [36, 32, 28, 24, 20]
+        checkpoint = find_checkpoint(folder)
+        state = json.loads((checkpoint / "run_state.json").read_text())
+        assert (checkpoint.name, state["rollbacks"], state["skipped_batches"]) == ("step-00000020", 5, 24)
+    assert "after 5 roll-backs" in json.loads((folder / "status.json").read_text())["reason"]
+
+
 def test_a_spike_is_only_said_when_nothing_else_is_asked(lab, runs):
     folder = runs / "warned"
     assert launch(lab, folder, "spike", "training.steps=20") == [0]
@@ -184,6 +229,24 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs, whole):
     assert "training goes on; the newest is step-00000004" in text
 
 
+def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(lab, runs):
+    folder = runs / "pointer"
+    assert launch(lab, folder, "no pointer", "training.steps=8", "training.keep_checkpoints=1") == [0]
+    assert [path.name for path in whole_checkpoints(folder / "checkpoints")] == ["step-00000008"]
+    text = (folder / "log.txt").read_text()
+    assert "step-00000008 is whole, but latest cannot be made to name it: [Errno 28] No space left" in text
+    assert "NOT WRITTEN" not in text
+
+
+def test_a_checkpoint_that_rank_0_cannot_see_whole_is_not_published(lab, runs):
+    folder = runs / "elsewhere"
+    assert launch(lab, folder, "folders of their own", "training.steps=4", ranks=2) == [1, 1]
+    assert not [*(folder / "checkpoints").glob("*step-*"), *(folder / "checkpoints").glob("latest")]
+    text = (folder / "log.txt").read_text()
+    missing = "weights-00001-of-00002.safetensors is missing, as rank 0 sees it"
+    assert f"CHECKPOINT OF STEP 4 NOT WRITTEN ({missing}): training goes on; there is none" in text
+
+
 def test_a_folder_in_use_is_refused(lab, runs, whole):
     lock = RunLock(whole)
     lock.acquire()
@@ -193,6 +256,7 @@ def test_a_folder_in_use_is_refused(lab, runs, whole):
         lock.release()
     (line,) = finished.errors
     assert f"is in use by process {os.getpid()} on" in line
+    assert line.endswith(f"(If that node is dead, delete {whole / '.lock'})")
 
 
 def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):

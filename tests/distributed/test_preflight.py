@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ranks import run_in_processes
 
 from vmd_scale.config import load_config
 from vmd_scale.errors import UserError
+from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training import preflight
 
 
@@ -51,6 +53,33 @@ def test_all_ranks_hear_what_differs_on_one(lab, fault, words):
     answers = run_in_processes(check, 2, lab.config, fault)
     assert answers[0] == answers[1]
     assert answers[0] is None if words is None else words in answers[0]
+
+
+def train_in(folders: list, config_path: object) -> str:
+    """Each rank in its own folder; before that, all in the first."""
+    from vmd_scale.training.launch import join_world, leave_world
+    from vmd_scale.training.start import pretrain
+
+    world, config = join_world(), load_config(config_path)
+    preflight.check_shared(folders[0], world)
+    try:
+        pretrain(config, folders[world.rank], world, load_tokenizer(config.data.tokenizer))
+    except UserError as error:
+        return str(error)
+    finally:
+        leave_world()
+    return "trained"
+
+
+def test_ranks_that_do_not_share_the_run_folder_are_refused(lab, tmp_path):
+    """As where each node has a /scratch of its own."""
+    ours, theirs = tmp_path / "a", tmp_path / "b"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    answers = run_in_processes(train_in, 2, [ours, theirs], lab.config)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"{theirs}: rank 1 on {socket.gethostname()} does not see what rank 0 writes there")
+    assert [path.name for path in (*ours.iterdir(), *theirs.iterdir())] == [".lock"]
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, caplog):

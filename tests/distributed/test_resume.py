@@ -19,6 +19,9 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.config import load_config
+from vmd_scale.data.prepare import prepare
+from vmd_scale.files import sha256_of
 
 LAST = 12
 # Bounds at so many T that the evaluation after step 7 takes seconds: a signal sent when step 6 is seen finds the run
@@ -131,8 +134,8 @@ def damaged(lab, runs, whole) -> dict:
 
 
 def die_in_save(arguments: list[str], place: str) -> None:
-    """pretrain.py, killed while it saves step 8: in the middle of a file, before the folder gets its name, or before
-    `latest` points to it."""
+    """pretrain.py, killed while it saves step 8: in the middle of a file, before the folder gets its name, before
+    `latest` points to it, or while step 4 is thrown away."""
     from vmd_scale.training import checkpoint
 
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread, as all other runs
@@ -141,8 +144,9 @@ def die_in_save(arguments: list[str], place: str) -> None:
     def doomed(self, step, *arguments):
         if step == 8:
             self.finish()
-            owner = checkpoint.os if place == "rename" else checkpoint
-            setattr(owner, place, half_of_a_file if place == "save_file" else lambda *_: os._exit(9))
+            owner = {"rename": checkpoint.os, "rmtree": checkpoint.shutil}.get(place, checkpoint)
+            half = {"save_file": half_of_a_file, "rmtree": half_of_a_folder}
+            setattr(owner, place, half.get(place, lambda *_: os._exit(9)))
         return begin(self, step, *arguments)
 
     checkpoint.Checkpointer.begin = doomed
@@ -155,12 +159,41 @@ def half_of_a_file(tensors, path, metadata):
     os._exit(9)
 
 
+def half_of_a_folder(folder, ignore_errors=False):
+    if folder.exists():
+        (folder / "manifest.json").unlink()
+        os._exit(9)
+
+
 def wait_for_step(lab, folder: Path, step: int, timeout: float = 90) -> None:
     deadline = time.monotonic() + timeout
     path = folder / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < step:
         assert time.monotonic() < deadline, f"{path} has not come to step {step}"
         time.sleep(0.02)
+
+
+def fragments_after_resume(config_path: Path, folder: Path, cases: tuple[tuple[str, ...], ...]) -> list:
+    """On each rank, for each case of settings: kind -> [(parameter, first element, values)], before any step."""
+    from vmd_scale.tokenization import load_tokenizer
+    from vmd_scale.training.launch import join_world, leave_world
+    from vmd_scale.training.loop import Trainer
+    from vmd_scale.training.zero import fragment_values
+
+    world, found = join_world(), []
+    for settings in cases:
+        config = load_config(config_path, settings)
+        trainer = Trainer(config, folder, world, load_tokenizer(config.data.tokenizer))
+        assert trainer.resume() == trainer.ema.updates == LAST
+        partitions = {"ema": trainer.ema.partitions, "raw": trainer.master.partitions}
+        found.append(
+            {
+                kind: [(f.name, f.start, fragment_values(f, where).detach().clone()) for f in trainer.master.fragments]
+                for kind, where in partitions.items()
+            }
+        )
+    leave_world()
+    return found
 
 
 UNIMPORTANT = ("log.txt", "latest", ".lock")
@@ -246,6 +279,30 @@ def test_a_run_goes_on_with_other_ranks_stages_and_micro_batches(lab, elastic):
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(1, ((0, "fp32"), (3, "fp32"), (1, "bf16"))), (2, ((3, "fp32"), (2, "fp32"), (1, "bf16")))],
+    ids=["one rank", "two ranks"],
+)
+def test_other_ranks_stages_and_precisions_take_over_weights_and_average_bit_for_bit(lab, runs, whole, ranks, cases):
+    """Of a checkpoint of two ranks in stage 1, every element, before a step could hide the difference."""
+    folder = runs / f"taken-over-by-{ranks}"
+    shutil.copytree(whole, folder)
+    saved = {kind: load_weights(find_checkpoint(whole), kind) for kind in ("ema", "raw")}
+    assert all(not torch.equal(values, saved["raw"][name]) for name, values in saved["ema"].items())
+    keys = ("deepspeed.zero_optimization.stage", "training.precision")
+    settings = tuple(tuple(f"{key}={value}" for key, value in zip(keys, case, strict=True)) for case in cases)
+    found = run_in_processes(fragments_after_resume, ranks, lab.config, folder, settings)
+    for number, (stage, _) in enumerate(cases):
+        for kind, wanted in saved.items():
+            elements = 0
+            for of_rank in found:
+                for name, start, values in of_rank[number][kind]:
+                    assert torch.equal(values, wanted[name].view(-1)[start : start + len(values)]), (kind, name)
+                    elements += len(values)
+            assert elements == sum(values.numel() for values in wanted.values()) * (ranks if stage == 0 else 1)
+
+
 def test_what_has_changed_is_said(elastic):
     said = [re.findall(r"resumed from .* at step (\d) \((.*)\)", text) for text in elastic["texts"]]
     assert said == [
@@ -285,17 +342,21 @@ def test_latest_names_a_whole_checkpoint_and_old_ones_are_thrown_away(whole, eva
     assert (evaluated / "checkpoints" / "best").read_text() == "step-00000010\n"
 
 
-@pytest.mark.parametrize(("place", "newest"), [("save_file", 4), ("rename", 4), ("write_atomically", 8)])
-def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest):
+@pytest.mark.parametrize(
+    ("place", "newest", "latest"), [("save_file", 4, 4), ("rename", 4, 4), ("write_atomically", 8, 4), ("rmtree", 8, 8)]
+)
+def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_rank, place, newest, latest):
+    """One is kept: what was thrown away in half, or replaced, leaves nothing behind."""
     folder = runs / f"dies-in-{place}"
+    arguments = lab.pretrain_arguments(folder, "training.keep_checkpoints=1")
     with pytest.raises(RuntimeError, match="died without a word"):
-        run_in_processes(die_in_save, 1, lab.pretrain_arguments(folder), place)
-    assert (folder / "checkpoints" / "latest").read_text() == "step-00000004\n"
+        run_in_processes(die_in_save, 1, arguments, place)
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{latest:08d}\n"
     assert find_checkpoint(folder).name == f"step-{newest:08d}"
-    finished = lab.pretrain(folder, ranks=1)
+    finished = lab.pretrain(folder, "training.keep_checkpoints=1", ranks=1)
     assert f"step-{newest:08d} at step {newest}" in finished[0].text
     assert_same_run(lab, folder, one_rank)
-    assert not list((folder / "checkpoints").glob(".staging-*"))
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000012", "latest"}
 
 
 def test_the_status_tells_a_stop_that_was_asked_for_from_a_signal(damaged, stopped, whole):
@@ -338,6 +399,54 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(lab, runs, whole, setting
     assert files_of(whole) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("rows", lambda text: text + "one row more\n" * 20),
+        ("unigram_entropy", lambda text: text.replace("mask", "bask")),
+        (None, lambda text: text),
+    ],
+    ids=["more", "others", "the same in smaller shards"],
+)
+def test_other_data_under_the_same_name_are_refused(lab, runs, whole, key, change):
+    """Another number of rows is another permutation: rows would be repeated and left out."""
+    source, shards = runs / f"{key}.txt", runs / f"shards-{key}"
+    source.write_text(change(lab.source.read_text()))
+    settings = [f"data.source={source}", f"data.shards={shards}", "data.shard_tokens=1000"]
+    prepare(load_config(lab.config, settings).data, progress=False)
+    assert len(list(shards.glob("train-*.tokens"))) > 1
+    before = files_of(whole)
+    (finished,) = lab.pretrain(whole, *settings, ranks=1, expect=0 if key is None else 2)
+    if key is None:
+        assert "nothing to do: 12 steps are done" in finished.text
+    else:
+        (line,) = finished.errors
+        assert re.search(
+            f"data.shards '{shards}': {key} of split 'train' is .*, but .*-00000012 was trained with", line
+        )
+        assert files_of(whole) == before
+
+
+def test_a_checkpoint_that_does_not_know_its_data_is_resumed(lab, runs, whole):
+    """One of a version that did not write that down."""
+    folder = runs / "older"
+    shutil.copytree(whole, folder)
+    checkpoint = find_checkpoint(folder)
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("run_state.json", "manifest.json"))
+    for key in ("contents", "rollbacks"):
+        state.pop(key, None)
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
+    record = {
+        "bytes": (checkpoint / "run_state.json").stat().st_size,
+        "sha256": sha256_of(checkpoint / "run_state.json"),
+    }
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({**manifest, "files": {**manifest["files"], "run_state.json": record}})
+    )
+    lab.pretrain(folder, "training.steps=13")
+    assert find_checkpoint(folder).name == "step-00000013"
+
+
 def test_a_finished_run_has_nothing_to_do(lab, whole):
     before = (whole / "metrics.jsonl").read_bytes()
     finished = lab.pretrain(whole)
@@ -350,8 +459,11 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(l
     shutil.copytree(whole, folder)
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         flip_a_bit(checkpoint / "weights-00000-of-00002.safetensors")
+    (folder / "checkpoints" / "step-00000012" / "manifest.json").unlink()
     metrics = (folder / "metrics.jsonl").read_bytes()
-    finished = lab.pretrain(folder, "training.steps=20", expect=2)
-    assert "all checkpoints in" in finished[0].errors[0]
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-    assert list((folder / "checkpoints").glob("damaged-step-*"))
+    for _ in range(2):  # as the jobs of a chain would
+        finished = lab.pretrain(folder, "training.steps=20", expect=2)
+        assert "all checkpoints in" in finished[0].errors[0]
+        assert (folder / "metrics.jsonl").read_bytes() == metrics
+        damaged = sorted(path.name for path in (folder / "checkpoints").glob("*step-*"))
+        assert damaged == [f"damaged-step-{step:08d}" for step in (4, 8, 12)]

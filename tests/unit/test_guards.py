@@ -112,6 +112,20 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(tmp_
     RunLock(tmp_path).acquire(patience=0)
 
 
+def test_deleting_the_lock_of_a_dead_node_frees_the_folder(tmp_path: Path):
+    """As the error says. The other lock stands for one that a file server keeps for ever."""
+    dead, ours = RunLock(tmp_path), RunLock(tmp_path)
+    dead.acquire()
+    with pytest.raises(UserError, match="delete"):
+        ours.acquire(patience=0)
+    (tmp_path / LOCK).unlink()
+    ours.acquire(patience=0)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        RunLock(tmp_path).acquire(patience=0)
+    for lock in (ours, dead):
+        lock.release()
+
+
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path: Path):
     first, second = RunLock(tmp_path), RunLock(tmp_path)
     first.acquire()

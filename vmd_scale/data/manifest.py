@@ -88,6 +88,12 @@ class Manifest(Record):
             f"{self.vocab_size}, {self.packing} {self.row_length}{specials}"
         )
 
+    def content(self, split: str) -> dict[str, float]:
+        """What tells the rows of a split from those of other data, however they were cut into shards."""
+        record = self.splits[split]
+        counts = {"rows": record.rows, "counted_tokens": record.counted_tokens, "characters": record.characters}
+        return {**counts, "unigram_entropy": round(record.unigram_entropy, 9)}  # its last bits are the machine's
+
     @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype on disk, little-endian everywhere."""
@@ -126,6 +132,15 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"python launchers/prepare_data.py --config CONFIG.json --set data.shards={folder}"
         )
     return parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+
+
+def contents_of(data: DataConfig) -> list[dict[str, dict[str, float]]]:
+    """Of each corpus, by split, what a run is made of: all are trained on, the first is validated on as well."""
+    manifests = [read_manifest(each.shards) for each in data.corpora()]
+    found = [{"train": manifest.content("train")} for manifest in manifests]
+    if "validation" in manifests[0].splits:
+        found[0]["validation"] = manifests[0].content("validation")
+    return found
 
 
 def parse_manifest(raw: bytes, path: Path | str) -> Manifest:

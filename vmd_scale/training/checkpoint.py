@@ -10,8 +10,11 @@ import logging
 import math
 import os
 import shutil
+import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,18 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmd_scale.checkpoints import BEST, LATEST, MANIFEST, RUN_STATE, damage, step_of, whole_checkpoints
-from vmd_scale.config import Config, parse_config
-from vmd_scale.errors import UserError
+from vmd_scale.checkpoints import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    RUN_STATE,
+    all_checkpoints,
+    altered,
+    missing_or_torn,
+    step_of,
+    whole_checkpoints,
+)
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.files import flush_to_disk, sha256_of, write_atomically, write_json
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.fragments import copy_to_host, load_fragments, shapes_of
@@ -29,9 +41,7 @@ from vmd_scale.training.launch import World
 from vmd_scale.training.zero import ShardedMaster
 
 log = logging.getLogger(__name__)
-STAGING = ".staging-"
-# Keys of data that say where and how, not what.
-MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
+STAGING, DAMAGED = ".staging-", "damaged-"
 
 
 class Checkpointer:
@@ -113,75 +123,91 @@ class Checkpointer:
         return problem is None
 
     def _name(self, writer: "_Writer", files: dict[str, Any]) -> str | None:
-        """On rank 0: from a staging folder to a checkpoint. Returns what went wrong."""
+        """On rank 0, if it sees what all ranks say they wrote: from a staging folder to a checkpoint.
+
+        Returns what went wrong.
+        """
         final = self.folder / writer.staging.name.removeprefix(STAGING)
         try:
+            for name, record in files.items():
+                problem = missing_or_torn(writer.staging / name, record)
+                if problem is not None:
+                    return f"{problem}, as rank 0 sees it"
             write_json(writer.staging / MANIFEST, {"step": writer.step, "files": files})
             flush_to_disk(writer.staging)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = _hide([final] if final.exists() else [])
             os.rename(writer.staging, final)
             flush_to_disk(self.folder)
-            write_atomically(self.folder / LATEST, final.name + "\n")
-            if writer.bound < self.best_bound:
-                write_atomically(self.folder / BEST, final.name + "\n")
         except OSError as error:
             return str(error)
-        self._prune()
+        self._point_to(final, LATEST, *([BEST] if writer.bound < self.best_bound else []))
+        self._prune(replaced)
         return None
+
+    def _point_to(self, checkpoint: Path, *pointers: str) -> None:
+        """Nothing that is whole depends on a pointer: one that cannot be written costs a message."""
+        try:
+            for pointer in pointers:
+                write_atomically(self.folder / pointer, checkpoint.name + "\n")
+        except OSError as error:
+            log.error("%s is whole, but %s cannot be made to name it: %s", checkpoint, " and ".join(pointers), error)
 
     def find_latest(self) -> Path | None:
         """The newest checkpoint that is whole, the same on all ranks. Damaged ones are reported and set aside.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged.
+            UserError: there are checkpoints, and all are damaged: now, or when the run was called before.
+            RunFailed: see `_damage_of`.
         """
-        found, damaged = None, False
-        for candidate in self._candidates():
-            problem = self._verify(candidate)
-            if problem is None:
-                found = candidate
-                break
-            damaged = True
-            if self.world.is_main:
-                aside = candidate.with_name(f"damaged-{candidate.name}")  # else pruning would count it as the newest
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(candidate, aside)
-                log.error("checkpoint %s is damaged (%s): set aside as %s", candidate, problem, aside.name)
-        if found is None and damaged:
-            raise UserError(
-                f"all checkpoints in {self.folder} are damaged and were set aside as damaged-step-*: "
-                "nothing to resume from; choose another --output to start anew"
-            )
-        if self.world.is_main:
-            for leftover in self.folder.glob(f"{STAGING}*"):  # of a run that was killed while it saved
-                shutil.rmtree(leftover, ignore_errors=True)
-            if found is not None:
-                write_atomically(self.folder / LATEST, found.name + "\n")
-        self.world.barrier()
+        found = self._newest_whole(self._candidates())
+        self.world.on_main(lambda: self._tidy(found))
         return found
 
     def go_back(self, step: int) -> Path | None:
-        """The newest whole checkpoint of `step` or before, the same on all ranks; those after it are thrown away."""
-        found, newer = None, []
-        for candidate in self._candidates():
-            if step_of(candidate) > step:
-                newer.append(candidate)
-            elif self._verify(candidate) is None:
-                found = candidate
-                break
-        if found is not None and self.world.is_main:
-            write_atomically(self.folder / LATEST, found.name + "\n")
-            if self._best_name() in [checkpoint.name for checkpoint in newer]:
-                (self.folder / BEST).unlink()
-            for checkpoint in newer:
-                shutil.rmtree(checkpoint, ignore_errors=True)
+        """The newest whole checkpoint of `step` or before, the same on all ranks; those after it are thrown away.
+
+        Raises:
+            RunFailed: see `_damage_of`.
+        """
+        candidates = self._candidates()
+        newer = [checkpoint for checkpoint in candidates if step_of(checkpoint) > step]
+        found = self._newest_whole(candidates[len(newer) :])
+        if found is not None:
+            self.world.on_main(lambda: self._forget(newer, found))
         return found
 
     def _candidates(self) -> list[Path]:
         """Newest first, as rank 0 sees them: on a shared file system the others may not see the same yet."""
-        found: list[Any] = [[path.name for path in reversed(whole_checkpoints(self.folder))]]
-        dist.broadcast_object_list(found, src=0, group=self.world.host_group)
-        return [self.folder / name for name in found[0]]
+        names = self.world.from_main(lambda: [path.name for path in reversed(all_checkpoints(self.folder))])
+        return [self.folder / name for name in names]
+
+    def _newest_whole(self, candidates: list[Path]) -> Path | None:
+        """The first that is whole. Those before it are set aside: pruning would count them as the newest."""
+        for candidate in candidates:
+            problem = self._damage_of(candidate)
+            if problem is None:
+                return candidate
+            self.world.on_main(partial(_set_aside, candidate, problem))
+        return None
+
+    def _tidy(self, found: Path | None) -> None:
+        """On rank 0, at a start: nothing whole is not always nothing; leftovers of a run that was killed go."""
+        damaged = sorted(path.name for path in self.folder.glob(f"{DAMAGED}*"))
+        if found is None and damaged:
+            raise UserError(
+                f"all checkpoints in {self.folder} are damaged and were set aside ({', '.join(damaged)}): nothing to "
+                "resume from; put a good copy back as step-..., or choose another --output to start anew"
+            )
+        for leftover in self.folder.glob(f"{STAGING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if found is not None:
+            self._point_to(found, LATEST)
+
+    def _forget(self, newer: list[Path], found: Path) -> None:
+        self._point_to(found, LATEST)
+        if self._best_name() in [checkpoint.name for checkpoint in newer]:
+            (self.folder / BEST).unlink()
+        _throw_away(newer)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Restore weights, their average and the optimizer's state from a verified checkpoint; returns its run state.
@@ -211,29 +237,88 @@ class Checkpointer:
         self.master.resumed_at(state["step"], state["skipped_steps"])
         return state
 
-    def _verify(self, checkpoint: Path) -> str | None:
-        """What is wrong with a checkpoint, or None. Hashes in parallel; all ranks get the same answer."""
-        wanted: dict[str, Any] = {}
-        problem: str | None = None
-        try:
-            wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
-            for name in sorted(wanted)[self.world.rank :: self.world.size]:
-                problem = problem or damage(checkpoint / name, wanted[name])
-        except (OSError, ValueError, KeyError, TypeError) as error:  # of this rank's node alone, perhaps
-            problem = f"{type(error).__name__}: {error}"
-        return self.world.first_problem(problem)
+    def _damage_of(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint, or None. Hashes in parallel; all ranks get the same answer.
 
-    def _prune(self) -> None:
+        Raises:
+            RunFailed: on all ranks: one cannot read what rank 0 sees (a mount is missing, a server does not answer).
+                That says nothing of the checkpoint.
+        """
+        rank, size = self.world.rank, self.world.size
+        wanted, problem = self.world.from_main(lambda: _read_manifest(checkpoint, rank))
+        problems = [problem]
+
+        def read_share() -> None:
+            with _reading(checkpoint, rank):
+                problems.extend(altered(checkpoint / name, wanted[name]) for name in sorted(wanted)[rank::size])
+
+        if problem is None:
+            self.world.on_all(read_share)
+        return self.world.first_problem(next((p for p in problems if p is not None), None))
+
+    def _prune(self, replaced: list[Path]) -> None:
         try:
-            for old in whole_checkpoints(self.folder)[: -self.keep]:
-                if old.name != self._best_name():
-                    shutil.rmtree(old)
+            _delete(replaced)
+            _throw_away([old for old in all_checkpoints(self.folder)[: -self.keep] if old.name != self._best_name()])
         except OSError as error:
             log.warning("an old checkpoint could not be thrown away: %s", error)
 
     def _best_name(self) -> str:
         best = self.folder / BEST
         return best.read_text().strip() if best.exists() else ""
+
+
+def _read_manifest(checkpoint: Path, rank: int) -> tuple[dict[str, Any], str | None]:
+    """Size and hash of each file by name, and what is wrong that sizes can tell, or None."""
+    wanted: dict[str, Any] = {}
+    with _reading(checkpoint, rank):
+        try:
+            listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+            wanted = {name: {key: record[key] for key in ("bytes", "sha256")} for name, record in listed.items()}
+        except FileNotFoundError:
+            return wanted, f"{MANIFEST} is missing"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return wanted, f"{MANIFEST} is not one: {type(error).__name__}: {error}"
+        problems = (missing_or_torn(checkpoint / name, wanted[name]) for name in sorted(wanted))
+        return wanted, next((p for p in problems if p is not None), None)
+
+
+@contextmanager
+def _reading(checkpoint: Path, rank: int) -> Iterator[None]:
+    """What cannot be read is not known to be damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"rank {rank} on {socket.gethostname()} cannot read {checkpoint} ({error}): nothing was changed; call "
+            "again when it can be read, or move it away to go on from the one before"
+        ) from None
+
+
+def _set_aside(checkpoint: Path, problem: str) -> None:
+    aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+    if aside.exists():
+        _throw_away([aside])
+    os.rename(checkpoint, aside)
+    log.error("checkpoint %s is damaged (%s): set aside as %s", checkpoint, problem, aside.name)
+
+
+def _throw_away(folders: list[Path]) -> None:
+    """By a rename first: a kill in the middle leaves no half of a checkpoint, only what the next start clears."""
+    _delete(_hide(folders))
+
+
+def _hide(folders: list[Path]) -> list[Path]:
+    hidden = [folder.with_name(f"{STAGING}old-{folder.name}") for folder in folders]
+    for folder, aside in zip(folders, hidden, strict=True):
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    return hidden
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 class _Writer(threading.Thread):
@@ -275,34 +360,3 @@ class _Writer(threading.Thread):
         path = self.staging / name
         flush_to_disk(path)
         self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def check_same_run(config: Config, fingerprint: str, checkpoint: Path) -> None:
-    """A resumed run must be the same experiment; how long and how often may change.
-
-    Raises:
-        UserError: names the key and both values.
-    """
-    state = json.loads((checkpoint / RUN_STATE).read_text())
-    if state["tokenizer_fingerprint"] != fingerprint:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
-            f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
-        )
-    saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
-    ours = config.model_dump(mode="json")
-    for values in (saved, ours):
-        values["data"]["mixture"] = [
-            {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
-        ]
-    fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
-    fixed += [("model", k) for k in ours["model"] if k != "attention"]
-    fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
-    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay", "trainable", "lora")]
-    for section, key in fixed:
-        before = saved[section][key]
-        if before != ours[section][key]:
-            raise UserError(
-                f"{section}.{key} is {ours[section][key]!r}, but {checkpoint} was trained with {before!r}; "
-                "choose another --output, or put it back"
-            )

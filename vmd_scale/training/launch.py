@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from vmd_scale.errors import RunFailed, UserError
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
 
+Answer = TypeVar("Answer")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _added: dict[str, str] = {}  # what `join_world` put into the environment
 log = logging.getLogger(__name__)
@@ -64,6 +66,17 @@ class World:
         dist.broadcast_object_list(problem, src=0, group=group or self.host_group)
         if problem[0] is not None:
             raise problem[0]
+
+    def from_main(self, find: Callable[[], Answer]) -> Answer:
+        """What rank 0 finds, on every rank; where it fails, all ranks raise its error."""
+        answer: list[Any] = [None]
+
+        def ask() -> None:
+            answer[0] = find()
+
+        self.on_main(ask)
+        dist.broadcast_object_list(answer, src=0, group=self.host_group)
+        return answer[0]
 
     def on_all(self, do: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
         """Do something on every rank. It may fail on one node only; then all ranks raise the error."""

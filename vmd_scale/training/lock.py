@@ -1,7 +1,8 @@
 """One run folder, one run: a lock that the operating system lets go of when its holder dies.
 
 On NFS the server lets go of it, for a node that is lost when its lease ends: a requeued job waits for that. Where locks
-are those of each node alone (Lustre mounted with localflock), it keeps apart only runs on one node.
+are those of each node alone (Lustre mounted with localflock), it keeps apart only runs on one node. NFS before
+version 4 has no leases: the lock of a node that is never started again stays until somebody deletes the file.
 """
 
 import errno
@@ -48,7 +49,10 @@ class RunLock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise UserError(f"{self._path.parent} is in use by {holder}; choose another --output") from None
+                raise UserError(
+                    f"{self._path.parent} is in use by {holder}; choose another --output. (If that node is dead, "
+                    f"delete {self._path})"
+                ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise

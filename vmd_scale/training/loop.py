@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
-from vmd_scale.checkpoints import whole_checkpoints
+from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch, TrainLoader, evaluation_batches
+from vmd_scale.data.manifest import contents_of
 from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -28,7 +29,7 @@ from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
-from vmd_scale.training.checkpoint import Checkpointer, check_same_run
+from vmd_scale.training.checkpoint import Checkpointer
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
 from vmd_scale.training.faults import SpikeDetector, Watchdog
@@ -36,11 +37,12 @@ from vmd_scale.training.launch import World
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
+from vmd_scale.training.same_run import check_same_run
 from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.zero import ShardedMaster
 
-MAX_ROLLBACKS = 5
+MAX_ROLLBACKS = 5  # of a run, over all its starts
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ class Trainer:
         self.precision = resolve_precision(config, world.device)
         model = build_model(config, tokenizer.vocab_size)
         source = training.init_from
-        (resumes,) = world.any(world.is_main and bool(whole_checkpoints(run_folder / "checkpoints")))
+        (resumes,) = world.any(world.is_main and bool(all_checkpoints(run_folder / "checkpoints")))
         if source is not None and not resumes:
             world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
         self.checkpoint_bytes = bytes_of_checkpoint(model, self.precision, bool(training.ema_decay))
@@ -64,6 +66,7 @@ class Trainer:
         self.master = ShardedMaster(self.engine)
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
         self.reader, self.order = training_rows(config.data, training.seed)
+        self.contents = world.from_main(lambda: contents_of(config.data))
         self.loader = TrainLoader(
             self.reader,
             self.order,
@@ -92,7 +95,7 @@ class Trainer:
         found = self.checkpoints.find_latest()
         if found is None:
             return 0
-        check_same_run(self.config, self.fingerprint, found)
+        check_same_run(self.config, self.fingerprint, self.contents, found)
         return self._restore(found)
 
     def _restore(self, checkpoint: Path) -> int:
@@ -102,6 +105,7 @@ class Trainer:
         self.tokens.fill_(state["tokens"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], 0
         self.skipped_batches = state["skipped_batches"]
+        self.rollbacks = state.get("rollbacks", 0)  # checkpoints of older versions do not know
         self.checkpoints.best_bound = state["best_bound"]
         self.spikes = SpikeDetector(state["losses"])
         how = f" ({', '.join(changed)})" if changed else ""
@@ -112,7 +116,8 @@ class Trainer:
         """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request.
 
         Raises:
-            RunFailed: too many steps in a row without a finite gradient; the last checkpoint cannot be written.
+            RunFailed: too many steps in a row without a finite gradient; too many roll-backs; the last checkpoint
+                cannot be written.
         """
         telemetry = Telemetry(self.run_folder, self.config, self.world.is_main, first_step)
         self.watch, self.waited = Stopwatch(), self.loader.wait_seconds
@@ -199,8 +204,11 @@ class Trainer:
 
         Returns its step, or None if there is none.
         """
-        if self.rollbacks == MAX_ROLLBACKS:
-            raise RunFailed(f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs")
+        if self.rollbacks >= MAX_ROLLBACKS:
+            raise RunFailed(
+                f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs; look at the "
+                "data and the learning rate, or go on with training.loss_spike 'warn'"
+            )
         if self.checkpoints.pending:
             self._publish(done, telemetry)
         # The last loss that was judged and found good is of the weights before the update of its step.
@@ -208,10 +216,9 @@ class Trainer:
         if found is None:
             log.warning("there is no checkpoint from before the spike: going on")
             return None
-        self.rollbacks += 1
-        rows, shift = self.config.training.global_batch, self.skipped_batches
+        rows, shift, rollbacks = self.config.training.global_batch, self.skipped_batches, self.rollbacks
         step = self._restore(found)
-        self.skipped_batches = shift + done - step
+        self.skipped_batches, self.rollbacks = shift + done - step, rollbacks + 1
         first = (step + shift) * rows
         log.warning(
             "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
@@ -223,6 +230,7 @@ class Trainer:
         telemetry.event("rolled back", step, rolled_back_from=done)
         self.step_at_log, self.tokens_at_log = step, int(self.tokens)
         self.engine.train()
+        self._save(step, math.inf)  # anew: called again before the next one is due, the run must know what it left out
         return step
 
     def _publish(self, done: int, telemetry: Telemetry) -> None:
@@ -370,11 +378,13 @@ class Trainer:
             "tokens": int(self.tokens),
             "skipped_steps": self.skipped_steps,
             "skipped_batches": self.skipped_batches,
+            "rollbacks": self.rollbacks,
             "best_bound": min(bound, self.checkpoints.best_bound),
             "losses": self.spikes.state(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,
+            "contents": self.contents,
             "world_size": self.world.size,
             "zero_stage": self.config.zero_stage,
             "precision": self.precision,

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import secrets
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,28 @@ def check_ranks(config: Config, world: World) -> None:
     wrong = world.first_problem(wrong)
     if wrong is not None:
         raise UserError(f"{wrong}: the ranks' network or their devices are at fault")
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """All ranks must see one and the same run folder: a checkpoint is made of files of all of them.
+
+    Raises:
+        UserError: on every rank; names a rank that does not see what rank 0 writes.
+    """
+    token = folder / world.from_main(lambda: f".shared-{secrets.token_hex(8)}")
+
+    def look() -> None:
+        if not token.exists():
+            raise UserError(
+                f"{folder}: rank {world.rank} on {socket.gethostname()} does not see what rank 0 writes there; "
+                "--output must lie on a file system that all nodes share"
+            )
+
+    world.on_main(token.touch)
+    try:
+        world.on_all(look)
+    finally:
+        world.on_main(token.unlink)
 
 
 def facts(config: Config) -> dict[str, str]:

@@ -23,7 +23,7 @@ from vmd_scale.training.fp8 import check_fp8
 from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
-from vmd_scale.training.preflight import check_disk, check_ranks
+from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
 from vmd_scale.training.telemetry import start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
@@ -134,12 +134,14 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code.
 
     Raises:
-        UserError: another run holds the folder; no room for a checkpoint; a checkpoint that is not of this run.
+        UserError: another run holds the folder; ranks that do not share it; no room for a checkpoint; a checkpoint that
+            is not of this run.
         RunFailed: see `Trainer.train`.
     """
     lock, training = RunLock(run_folder), config.training
     try:
         world.on_main(lock.acquire)
+        check_shared(run_folder, world)
         trainer = Trainer(config, run_folder, world, tokenizer)
         world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
         first = trainer.resume()

@@ -1,0 +1,55 @@
+"""Whether a checkpoint is of the run that is to go on from it."""
+
+import json
+from pathlib import Path
+
+from vmd_scale.checkpoints import RUN_STATE
+from vmd_scale.config import Config, parse_config
+from vmd_scale.errors import UserError
+
+# Keys of data that say where and how, not what.
+MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
+
+
+def check_same_run(
+    config: Config, fingerprint: str, contents: list[dict[str, dict[str, float]]], checkpoint: Path
+) -> None:
+    """A resumed run must be the same experiment; how long and how often may change.
+
+    Args:
+        contents: see `contents_of`; the shards may lie elsewhere now, or be cut in another way.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    if state["tokenizer_fingerprint"] != fingerprint:
+        raise UserError(
+            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
+            f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
+        )
+    saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
+    ours = config.model_dump(mode="json")
+    for values in (saved, ours):
+        values["data"]["mixture"] = [
+            {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
+        ]
+    fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
+    fixed += [("model", k) for k in ours["model"] if k != "attention"]
+    fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
+    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay", "trainable", "lora")]
+    for section, key in fixed:
+        before = saved[section][key]
+        if before != ours[section][key]:
+            raise UserError(
+                f"{section}.{key} is {ours[section][key]!r}, but {checkpoint} was trained with {before!r}; "
+                "choose another --output, or put it back"
+            )
+    for data, now, then in zip(config.data.corpora(), contents, state.get("contents", []), strict=False):
+        for split in (split for split in now if split in then):
+            for key, value in now[split].items():
+                if value != then[split][key]:
+                    raise UserError(
+                        f"data.shards {data.shards!r}: {key} of split {split!r} is {value}, but {checkpoint} was "
+                        f"trained with {then[split][key]}: not the same data; choose another --output, or put it back"
+                    )
