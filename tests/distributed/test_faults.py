@@ -4,6 +4,7 @@ Each run is a real one of one or two ranks, in which one thing was made to fail.
 """
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -101,8 +102,39 @@ def full_disk() -> None:
     checkpoint.save_file = full
 
 
+def at_bounds(do):
+    """Before each batch that an evaluation scores, `do` is told its number, from 1."""
+
+    def make() -> None:
+        from vmd_scale.evaluation import perplexity
+
+        elbo, numbers = perplexity.elbo, itertools.count(1)
+
+        def disturbed(*arguments):
+            do(next(numbers))
+            return elbo(*arguments)
+
+        perplexity.elbo = disturbed
+
+    return make
+
+
+def stopped_at_bound(last: int):
+    """SIGTERM to the last rank alone while it scores that batch; it must be the last that is scored."""
+
+    def do(number: int) -> None:
+        assert number <= last, "the evaluation goes on"
+        if number == last and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    return at_bounds(do)
+
+
 FAULTS = {
     "nothing": nothing,
+    "stopped at bound 3": stopped_at_bound(3),
+    "stopped at bound 8": stopped_at_bound(8),
+    "slow bounds": at_bounds(lambda number: time.sleep(1)),
     "two bad batches": bad_batches(2, 3),
     "a bad beginning": bad_batches(*range(4)),
     "bad batches without end": bad_batches(*range(4, 100)),
@@ -193,6 +225,32 @@ def test_a_folder_in_use_is_refused(lab, runs, whole):
         lock.release()
     (line,) = finished.errors
     assert f"is in use by process {os.getpid()} on" in line
+
+
+def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_it(lab, runs, whole):
+    """Stopped in the middle of the evaluations of step 6 and of the last step: each is made once, as a whole.
+
+    One rank scores 9 rows at 2 T in 6 batches. The last start scores them in 6 seconds, which is no hang, though
+    nothing may last longer than 5.
+    """
+    folder, every = runs / "evaluated", "evaluation.every=6"
+    starts = (
+        ("stopped at bound 3", 2, 75, [], ("stopped", 6)),
+        ("stopped at bound 8", 1, 75, [6, 6], ("stopped", 12)),
+        ("slow bounds", 1, 0, [6, 6, 12, 12], ("finished", 12)),
+    )
+    for fault, ranks, code, evaluated, state in starts:
+        assert launch(lab, folder, fault, every, "training.hang_timeout=5", ranks=ranks) == [code] * ranks
+        file = folder / "evaluations.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert [record["step"] for record in records] == evaluated
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["state"], status["step"]) == state
+        assert status["reason"] == ("signal" if code else "")
+    assert find_checkpoint(folder).name == "step-00000012"
+    assert (folder / "checkpoints" / "best").read_text().strip() in ("step-00000006", "step-00000012")
+    assert lab.losses(folder) == pytest.approx(lab.losses(whole), rel=1e-5)
+    assert not json.loads((find_checkpoint(folder) / "run_state.json").read_text())["owes_evaluation"]
 
 
 def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):

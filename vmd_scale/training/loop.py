@@ -12,16 +12,12 @@ import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.checkpoints import whole_checkpoints
-from vmd_scale.config import Config, step_values
+from vmd_scale.config import Config
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.mixture import training_rows
-from vmd_scale.data.shards import ShardReader, shard_cache
-from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import TrainingInputs
-from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import RunFailed
-from vmd_scale.evaluation.latent import latent_usage
-from vmd_scale.evaluation.perplexity import Ranks, Request, evaluate
+from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
@@ -37,10 +33,15 @@ from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
 from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
+from vmd_scale.training.validation import validate
 from vmd_scale.training.zero import ShardedMaster
 
 MAX_ROLLBACKS = 5
 log = logging.getLogger(__name__)
+
+
+class StopAgreed(Exception):
+    """Raised on all ranks at once, between two batches of an evaluation."""
 
 
 class Trainer:
@@ -82,6 +83,7 @@ class Trainer:
         self.skipped_steps = self.skipped_in_a_row = 0
         self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
         self.rollbacks, self.stopped = 0, False
+        self.owes_evaluation = False  # a stop request has cut short that of the present step
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = flops_of(config, a).total
         self.peak_flops = peak_flops(world.device)
@@ -103,6 +105,7 @@ class Trainer:
         self.skipped_batches = state["skipped_batches"]
         self.checkpoints.best_bound = state["best_bound"]
         self.spikes = SpikeDetector(state["losses"])
+        self.owes_evaluation = state.get("owes_evaluation", False) and self.config.evaluation.every is not None
         how = f" ({', '.join(changed)})" if changed else ""
         log.info("resumed from %s at step %d%s", checkpoint, state["step"], how)
         return state["step"]
@@ -123,7 +126,7 @@ class Trainer:
             telemetry.event("resumed", first_step, world_size=self.world.size)
         done = first_step
         try:
-            while done < self.config.training.steps and not self.stopped:
+            while (done < self.config.training.steps or self.owes_evaluation) and not self.stopped:
                 done = self._train_until_interrupted(done, telemetry)
             if not self.checkpoints.finish():
                 raise RunFailed(f"the last checkpoint, of step {done}, could not be written; see the log")
@@ -153,6 +156,8 @@ class Trainer:
     def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
         """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
         config, training, shift = self.config, self.config.training, self.skipped_batches
+        if self.owes_evaluation and self._evaluate_and_save(done, telemetry):
+            return done
         for batches in self.loader.steps(done + shift, training.steps + shift):
             losses = self._step(done, batches, telemetry)
             done += 1
@@ -166,23 +171,32 @@ class Trainer:
                         step = self._roll_back(done, telemetry)
                     if step is not None:
                         return step
-            bound = math.inf
-            if config.evaluation.every and done % config.evaluation.every == 0:
-                with self.watch.paused():
-                    bound = self._evaluate(done, telemetry)
-            stopping, writing = self.world.any(self.stop.seen(), self.checkpoints.writing)
-            due = stopping or done % training.checkpoint_every == 0 or done == training.steps
-            due |= bound < self.checkpoints.best_bound
-            with self.watch.paused():
-                if self.checkpoints.pending and (due or not writing):
-                    self._publish(done, telemetry)
-                if due:
-                    self._save(done, bound)
-            if stopping and done < training.steps:
-                self.stopped = True
-                telemetry.event("stopped", done)
+            if self._evaluate_and_save(done, telemetry):
                 return done
         return done
+
+    def _evaluate_and_save(self, done: int, telemetry: Telemetry) -> bool:
+        """What is due after `done` steps. Returns whether the run stops here, on request."""
+        training, every = self.config.training, self.config.evaluation.every
+        bound, owed = math.inf, self.owes_evaluation
+        if owed or (every and done % every == 0):
+            with self.watch.paused():
+                try:
+                    bound = self._evaluate(done, telemetry)
+                except StopAgreed:
+                    log.warning("step %d: the evaluation is cut short by a stop request; the next start makes it", done)
+        stopping, writing = self.world.any(self.stop.seen() or self.owes_evaluation, self.checkpoints.writing)
+        due = stopping or done % training.checkpoint_every == 0 or done == training.steps
+        due |= owed or bound < self.checkpoints.best_bound
+        with self.watch.paused():
+            if self.checkpoints.pending and (due or not writing):
+                self._publish(done, telemetry)
+            if due:
+                self._save(done, bound)
+        self.stopped = stopping and (done < training.steps or self.owes_evaluation)
+        if self.stopped:
+            telemetry.event("stopped", done)
+        return self.stopped
 
     def _is_spike(self, record: dict[str, Any], telemetry: Telemetry) -> bool:
         """A step that was skipped has done no harm."""
@@ -210,7 +224,7 @@ class Trainer:
         self.rollbacks += 1
         rows, shift = self.config.training.global_batch, self.skipped_batches
         step = self._restore(found)
-        self.skipped_batches = shift + done - step
+        self.skipped_batches, self.owes_evaluation = shift + done - step, False
         first = (step + shift) * rows
         log.warning(
             "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
@@ -311,49 +325,38 @@ class Trainer:
         }
 
     def _evaluate(self, done: int, telemetry: Telemetry) -> float:
-        """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run.
+        """With the averaged weights. Returns the lowest bound, nats per token.
 
-        Returns the lowest of them, nats per token.
+        Raises:
+            StopAgreed: on all ranks, nothing is recorded, and the evaluation is owed.
         """
-        evaluation = self.config.evaluation
+        self.owes_evaluation = True
+        self._go_on()
         self.engine.eval()
-        reader = ShardReader(self.config.data.shards, "validation", cache=shard_cache(self.config.data))
-        weights = "raw" if self.ema is None else "ema"
-        results = []
-        with nullcontext() if self.ema is None else self.ema.applied():
-            for protocol in evaluation.protocols or ("rows",):
-                request = Request(
-                    protocol=protocol,
-                    split="validation",
-                    steps=step_values(evaluation.steps),
-                    rows=evaluation.rows,
-                    paths=self.config.diffusion.paths,
-                    micro_batch=self.config.training.micro_batch,
-                )
-                ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
-                results += evaluate(self.engine.module, reader, request, weights, done, ranks)
-            if self.config.latent.width:
-                objective, micro_batch = self.config.diffusion.objective, self.config.training.micro_batch
-                used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
-                telemetry.latent(used.to_dict())
-            if evaluation.samples:
-                telemetry.samples(self._draw_samples(done))
-        for result in results:
-            telemetry.evaluation(result.to_dict())
-        best = min(results, key=lambda r: r.nats_per_token)
-        log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
-        self.engine.train()
+        weights, model = "raw" if self.ema is None else "ema", self.engine.module
+        ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
+        try:
+            with nullcontext() if self.ema is None else self.ema.applied():
+                found = validate(model, self.config, self.tokenizer, weights, done, ranks, self._go_on)
+        finally:
+            self.engine.train()
+        self.owes_evaluation = False
         self.watchdog.progress()
+        if found.usage is not None:
+            telemetry.latent(found.usage.to_dict())
+        if found.samples is not None:
+            telemetry.samples(found.samples)
+        for result in found.results:
+            telemetry.evaluation(result.to_dict())
+        best = found.best
+        log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
         return best.nats_per_token
 
-    def _draw_samples(self, done: int) -> dict[str, Any]:
-        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token)."""
-        steps = max((T for T in step_values(self.config.evaluation.steps) if math.inf > T), default=math.inf)
-        sampler = Sampler(steps, law=self.config.diffusion.paths)
-        rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
-        texts = [self.tokenizer.decode(row) for row in rows.tolist()]
-        shown = "inf" if math.isinf(steps) else int(steps)
-        return {"step": done, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
+    def _go_on(self) -> None:
+        """Between two batches of an evaluation, which may last longer than a hang or the time after a signal."""
+        self.watchdog.progress()
+        if self.world.any(self.stop.seen())[0]:
+            raise StopAgreed
 
     def _save(self, done: int, bound: float) -> None:
         state = {
@@ -362,6 +365,7 @@ class Trainer:
             "skipped_batches": self.skipped_batches,
             "best_bound": min(bound, self.checkpoints.best_bound),
             "losses": self.spikes.state(),
+            "owes_evaluation": self.owes_evaluation,
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,
