@@ -3,6 +3,7 @@
 Each run is a real one of one or two ranks, in which one thing was made to fail.
 """
 
+import contextlib
 import errno
 import itertools
 import json
@@ -10,10 +11,12 @@ import math
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import run_in_processes
@@ -21,6 +24,7 @@ from ranks import run_in_processes
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
 from vmd_scale.training.lock import RunLock
 
+ROOT = Path(__file__).resolve().parents[2]
 LAST = 12
 
 
@@ -143,6 +147,13 @@ FAULTS = {
 }
 
 
+def wait_for_step(folder: Path, step: int) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert time.monotonic() < deadline, f"{metrics} has not come to step {step}"
+        time.sleep(0.05)
+
+
 def events(folder: Path, kind: str) -> list[dict]:
     found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [event for event in found if event["event"] == kind]
@@ -253,14 +264,42 @@ def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_i
     assert not json.loads((find_checkpoint(folder) / "run_state.json").read_text())["owes_evaluation"]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"], signal.SIGTERM),
+        (["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port"], signal.SIGUSR1),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_ranks_whose_launcher_was_killed_write_a_checkpoint_and_end(lab, runs, launcher, number):
+    """Of these signals neither launcher tells its ranks anything; deepspeed has another process between them."""
+    folder, log = runs / f"orphans-{number.name}", runs / f"orphans-{number.name}.txt"
+    settings = ("training.steps=100000", "training.checkpoint_every=100000")
+    command = [sys.executable, *launcher, str(lab.free_port()), *lab.pretrain_arguments(folder, *settings)]
+    with open(log, "wb") as file:
+        started = subprocess.Popen(command, cwd=ROOT, env=lab.environment(), stdout=file, stderr=subprocess.STDOUT)
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for_step(folder, 3)
+        ranks = [p for p in psutil.Process(started.pid).children(recursive=True) if "--output" in p.cmdline()]
+        started.send_signal(number)
+        assert started.wait(30) == -number
+        assert not psutil.wait_procs(ranks, timeout=60)[1], log.read_text()[-3000:]
+    finally:
+        for process in (started, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "the death of its launcher")
+    assert status["step"] == lab.metrics(folder)[-1]["step"]
+    assert find_checkpoint(folder).name == f"step-{status['step']:08d}"
+
+
 def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):
     settings = ("training.hang_timeout=6", "training.steps=100000", "training.checkpoint_every=100000")
     run = lab.start(runs / "hangs", *settings)
-    metrics = runs / "hangs" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_step(runs / "hangs", 3)
     run.processes[1].send_signal(signal.SIGSTOP)
     try:
         assert run.processes[0].wait(timeout=60) == 1

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.training.orphans import launchers_above
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
@@ -31,6 +32,7 @@ class World:
     size: int
     device: torch.device
     host_group: dist.ProcessGroup  # gloo: agreement between ranks without touching a GPU
+    launchers: list[int] = field(default_factory=launchers_above)  # looked up early: preparing data may take hours
 
     @property
     def is_main(self) -> bool:

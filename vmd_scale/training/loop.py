@@ -76,7 +76,7 @@ class Trainer:
         self.checkpoints = Checkpointer(
             run_folder / "checkpoints", world, self.master, self.ema, training.keep_checkpoints
         )
-        self.stop = StopRequest(run_folder, world.is_main)
+        self.stop = StopRequest(run_folder, world.is_main, world.launchers)
         self.watchdog = Watchdog(training.hang_timeout)
         self.spikes = SpikeDetector()
         self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
