@@ -59,6 +59,21 @@ def test_a_task_of_srun_knows_its_rank(environment):
     assert found["MASTER_ADDR"] == "gpu07"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[07-08]", "gpu07"),
+        ("gpu[007-010,12],x1", "gpu007"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("n[3,7-9]-ib,m[1-2]", "n3-ib"),
+        ("rack[2-3]node[05-09]", "rack2node05"),
+        ("login.cluster,n1", "login.cluster"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
 def test_a_task_with_a_gpu_of_its_own_sees_it_as_number_0(environment, monkeypatch):
     environment(STEP)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

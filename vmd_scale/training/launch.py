@@ -184,8 +184,8 @@ def step_port(job: int, step: int) -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name in Slurm's compact form: ``gpu[007-010,12],x1`` -> ``gpu007``."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    """The first name in Slurm's compact form: ``gpu[007-010,12]-ib,x1`` -> ``gpu007-ib``."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if match is None:
         raise ValueError(f"not a Slurm node list: {nodelist!r}")
-    return match.group(1) + (match.group(2) or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
