@@ -9,7 +9,9 @@ import itertools
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.files import sha256_of, write_json
 from vmd_scale.training.lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,9 +199,12 @@ def test_too_many_in_a_row_end_the_run_and_leave_what_was_saved(lab, runs):
     assert len(events(folder, "skipped")) == 3
 
 
-def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
-    folder = runs / "spike"
-    assert launch(lab, folder, "spike", "training.loss_spike=rollback", "training.steps=24") == [0]
+@pytest.mark.parametrize("stage", [1, 3])
+def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs, stage):
+    """To the weights, moments and average of the checkpoint: what follows is what a new start from it makes."""
+    folder, again = runs / f"spike-{stage}", runs / f"spike-{stage}-again"
+    settings = ("training.steps=24", f"deepspeed.zero_optimization.stage={stage}")
+    assert launch(lab, folder, "spike", "training.loss_spike=rollback", *settings, ranks=2) == [0, 0]
     assert [event["step"] for event in events(folder, "spike")] == [20]
     assert [(event["step"], event["rolled_back_from"]) for event in events(folder, "rolled back")] == [(16, 20)]
     records = lab.metrics(folder)
@@ -208,6 +214,25 @@ def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
     assert state["skipped_batches"] == 4
     text = (folder / "log.txt").read_text()
     assert "rolled back to step 16; the rows at positions 128 to 159 of the sample order are left out" in text
+
+    shutil.copytree(folder, again)
+    for step in (20, 24):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    pass_over(again / "checkpoints" / "step-00000016", 4)
+    assert launch(lab, again, "nothing", *settings, ranks=2) == [0, 0]
+    assert lab.metrics(again) == records
+    for kind in ("raw", "ema"):
+        found, wanted = (load_weights(find_checkpoint(run), kind) for run in (folder, again))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def pass_over(checkpoint: Path, batches: int) -> None:
+    """As if the run of a checkpoint had left out so many batches."""
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("run_state.json", "manifest.json"))
+    write_json(checkpoint / "run_state.json", state | {"skipped_batches": batches})
+    path = checkpoint / "run_state.json"
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(checkpoint / "manifest.json", manifest)
 
 
 def test_a_spike_is_only_said_when_nothing_else_is_asked(lab, runs):
@@ -296,15 +321,30 @@ def test_ranks_whose_launcher_was_killed_write_a_checkpoint_and_end(lab, runs, l
     assert find_checkpoint(folder).name == f"step-{status['step']:08d}"
 
 
-def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):
-    settings = ("training.hang_timeout=6", "training.steps=100000", "training.checkpoint_every=100000")
-    run = lab.start(runs / "hangs", *settings)
-    wait_for_step(runs / "hangs", 3)
-    run.processes[1].send_signal(signal.SIGSTOP)
-    try:
-        assert run.processes[0].wait(timeout=60) == 1
-    finally:
-        run.signal(signal.SIGKILL)
-    text = run.logs[0].read_text()
-    assert "Timeout" in text
-    assert "vmd_scale/training/loop.py" in text
+HANG = """
+import os, runpy, sys, time
+from vmd_scale.training.loop import Trainer
+
+make_step = Trainer._step
+
+def step_or_fall_asleep(self, step, *arguments):
+    if step == 4 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return make_step(self, step, *arguments)
+
+Trainer._step = step_or_fall_asleep
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_when_a_rank_hangs_all_ranks_end_themselves_and_say_where(lab, runs):
+    """The one that sleeps, by its watchdog; the one that waits for it, by its own or as the other is gone."""
+    script = runs / "hang.py"
+    script.write_text(HANG)
+    waiting, hanging = lab.start(runs / "hangs", "training.hang_timeout=6", through=script).wait()
+    assert (waiting.code, hanging.code) == (1, 1)
+    assert "Timeout (0:00:06)!" in hanging.text
+    assert " in step_or_fall_asleep" in hanging.text
+    assert re.search(r'vmd_scale/training/loop.py", line \d+ in _', waiting.text)
+    assert lab.metrics(runs / "hangs")[-1]["step"] == 4
