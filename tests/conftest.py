@@ -141,11 +141,16 @@ class Lab:
             raise
         return Finished(process.returncode, text.decode(errors="replace"))
 
-    def start(self, output: Path, *settings: str, ranks: int = 2) -> Started:
-        """The ranks of pretrain.py, with the variables that torchrun would give them."""
+    def start(self, output: Path, *settings: str, ranks: int = 2, through: Path | None = None) -> Started:
+        """The ranks of pretrain.py, with the variables that torchrun would give them.
+
+        Args:
+            through: a script that is given pretrain.py and its arguments.
+        """
         self._started += 1
         names = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, *self.pretrain_arguments(output, *settings)]
+        script = [] if through is None else [str(through)]
+        command = [sys.executable, *script, *self.pretrain_arguments(output, *settings)]
         environments = [self.environment(RANK=str(r), LOCAL_RANK=str(r), **names) for r in range(ranks)]
         return Started(command, environments, [self.folder / f"log-{self._started}-{r}.txt" for r in range(ranks)])
 

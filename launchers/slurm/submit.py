@@ -5,6 +5,7 @@
     ... --chain 5                              5 jobs, one after the other, where jobs may not requeue themselves
     ... --gpus-per-node 0 --ranks-per-node 4   nodes without GPUs
     ... --sbatch=--constraint=h100             any other option of sbatch
+    ... --sbatch=--array=0-2 --output runs/seed%a --set training.seed=%a      three runs; %a is the element's number
 
 A job that is stopped before its time limit, or that loses a node, requeues itself until the run is finished. With
 --chain nothing is requeued: the next job of the chain goes on where the last one was stopped, and those that find the
@@ -53,8 +54,9 @@ def main() -> None:
     args = parse()
     run = args.output or Path("runs") / Path(args.config).stem
     check(args)
+    logs = log_folder(run)
     if not args.dry_run:
-        (run / "slurm").mkdir(parents=True, exist_ok=True)  # sbatch makes no folder for --output
+        logs.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder for --output
     job = ""
     for link in range(args.chain):
         command = sbatch_command(args, run, after=job)
@@ -65,7 +67,7 @@ def main() -> None:
             job = submit(command)
             print(f"job {job}" + (f", {link + 1} of {args.chain}" if args.chain > 1 else ""))
     if not args.dry_run:
-        print(f"logs: {run}/slurm/    queue: squeue --me    stop with a checkpoint: scancel --signal=USR1 {job}")
+        print(f"logs: {logs}/    queue: squeue --me    stop with a checkpoint: scancel --signal=USR1 {job}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -88,11 +90,22 @@ def check(args: argparse.Namespace) -> None:
     limit = seconds(args.time)
     if limit is not None and limit <= args.stop_before:
         raise UserError(f"--time {args.time} leaves no time before --stop-before {args.stop_before} seconds")
-    config = load_config(args.config, args.set)
+    element = next((match[1] for option in args.sbatch if (match := re.match(r"--array=(\d+)", option))), None)
+    asked = [args.config, *args.set]
+    if element is None and any("%a" in text for text in [*asked, str(args.output)]):
+        raise UserError("%a stands for the number of an element of a job array: add --sbatch=--array=FIRST-LAST")
+    path, *overrides = (text.replace("%a", element or "") for text in asked)
+    config = load_config(path, overrides)
 
     from vmd_scale.training.engine import accumulation_steps  # imports torch: after all that is quick
 
     accumulation_steps(config, args.nodes * ranks_per_node(args))
+
+
+def log_folder(run: Path) -> Path:
+    """Where Slurm writes the output of jobs: of a job array, beside the folders of its elements."""
+    whole = next(folder for folder in (run, *run.parents) if "%a" not in str(folder))
+    return whole / "slurm"
 
 
 def seconds(limit: str) -> int | None:
@@ -118,7 +131,8 @@ def ranks_per_node(args: argparse.Namespace) -> int:
 
 def sbatch_command(args: argparse.Namespace, run: Path, after: str = "") -> list[str]:
     """One job; `after` is the job that has to end first."""
-    command = ["sbatch", "--parsable", f"--job-name={run.name}", f"--output={run}/slurm/%j.out"]
+    name = "%A_%a" if "%a" in str(run) else "%j"
+    command = ["sbatch", "--parsable", f"--job-name={run.name}", f"--output={log_folder(run)}/{name}.out"]
     command += [f"--nodes={args.nodes}", f"--gpus-per-node={args.gpus_per_node}"]
     command += [f"--ntasks-per-node={ranks_per_node(args)}", f"--cpus-per-task={args.cpus_per_rank}"]
     command += [f"--time={args.time}", f"--signal=USR1@{args.stop_before}"]

@@ -3,23 +3,31 @@
 Each run is a real one of one or two ranks, in which one thing was made to fail.
 """
 
+import contextlib
 import errno
+import itertools
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
+from vmd_scale.files import sha256_of, write_json
 from vmd_scale.training.lock import RunLock
 
+ROOT = Path(__file__).resolve().parents[2]
 LAST = 12
 
 
@@ -130,8 +138,39 @@ def folders_of_their_own() -> None:
     checkpoint.Checkpointer.__init__ = elsewhere
 
 
+def at_bounds(do):
+    """Before each batch that an evaluation scores, `do` is told its number, from 1."""
+
+    def make() -> None:
+        from vmd_scale.evaluation import perplexity
+
+        elbo, numbers = perplexity.elbo, itertools.count(1)
+
+        def disturbed(*arguments):
+            do(next(numbers))
+            return elbo(*arguments)
+
+        perplexity.elbo = disturbed
+
+    return make
+
+
+def stopped_at_bound(last: int):
+    """SIGTERM to the last rank alone while it scores that batch; it must be the last that is scored."""
+
+    def do(number: int) -> None:
+        assert number <= last, "the evaluation goes on"
+        if number == last and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    return at_bounds(do)
+
+
 FAULTS = {
     "nothing": nothing,
+    "stopped at bound 3": stopped_at_bound(3),
+    "stopped at bound 8": stopped_at_bound(8),
+    "slow bounds": at_bounds(lambda number: time.sleep(1)),
     "two bad batches": bad_batches(2, 3),
     "a bad beginning": bad_batches(*range(4)),
     "bad batches without end": bad_batches(*range(4, 100)),
@@ -141,6 +180,13 @@ FAULTS = {
     "no pointer": no_pointer,
     "folders of their own": folders_of_their_own,
 }
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    while not metrics.exists() or metrics.read_text().count("\n") < step:
+        assert time.monotonic() < deadline, f"{metrics} has not come to step {step}"
+        time.sleep(0.05)
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -185,9 +231,12 @@ def test_too_many_in_a_row_end_the_run_and_leave_what_was_saved(lab, runs):
     assert len(events(folder, "skipped")) == 3
 
 
-def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
-    folder = runs / "spike"
-    assert launch(lab, folder, "spike", "training.loss_spike=rollback", "training.steps=24") == [0]
+@pytest.mark.parametrize("stage", [1, 3])
+def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs, stage):
+    """To the weights, moments and average of the checkpoint: what follows is what a new start from it makes."""
+    folder, again = runs / f"spike-{stage}", runs / f"spike-{stage}-again"
+    settings = ("training.steps=24", f"deepspeed.zero_optimization.stage={stage}")
+    assert launch(lab, folder, "spike", "training.loss_spike=rollback", *settings, ranks=2) == [0, 0]
     assert [event["step"] for event in events(folder, "spike")] == [20]
     assert [(event["step"], event["rolled_back_from"]) for event in events(folder, "rolled back")] == [(16, 20)]
     records = lab.metrics(folder)
@@ -197,6 +246,25 @@ def test_after_a_spike_the_run_goes_back_and_passes_over_the_batches(lab, runs):
     assert state["skipped_batches"] == 4
     text = (folder / "log.txt").read_text()
     assert "rolled back to step 16; the rows at positions 128 to 159 of the sample order are left out" in text
+
+    shutil.copytree(folder, again)
+    for step in (20, 24):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    pass_over(again / "checkpoints" / "step-00000016", 4)
+    assert launch(lab, again, "nothing", *settings, ranks=2) == [0, 0]
+    assert lab.metrics(again) == records
+    for kind in ("raw", "ema"):
+        found, wanted = (load_weights(find_checkpoint(run), kind) for run in (folder, again))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def pass_over(checkpoint: Path, batches: int) -> None:
+    """As if the run of a checkpoint had left out so many batches."""
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("run_state.json", "manifest.json"))
+    write_json(checkpoint / "run_state.json", state | {"skipped_batches": batches})
+    path = checkpoint / "run_state.json"
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json(checkpoint / "manifest.json", manifest)
 
 
 def test_roll_backs_are_counted_over_all_starts(lab, runs):
@@ -259,19 +327,88 @@ def test_a_folder_in_use_is_refused(lab, runs, whole):
     assert line.endswith(f"(If that node is dead, delete {whole / '.lock'})")
 
 
-def test_when_a_rank_hangs_the_others_end_themselves_and_say_where(lab, runs):
-    settings = ("training.hang_timeout=6", "training.steps=100000", "training.checkpoint_every=100000")
-    run = lab.start(runs / "hangs", *settings)
-    metrics = runs / "hangs" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    run.processes[1].send_signal(signal.SIGSTOP)
+def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_it(lab, runs, whole):
+    """Stopped in the middle of the evaluations of step 6 and of the last step: each is made once, as a whole.
+
+    One rank scores 9 rows at 2 T in 6 batches. The last start scores them in 6 seconds, which is no hang, though
+    nothing may last longer than 5.
+    """
+    folder, every = runs / "evaluated", "evaluation.every=6"
+    starts = (
+        ("stopped at bound 3", 2, 75, [], ("stopped", 6)),
+        ("stopped at bound 8", 1, 75, [6, 6], ("stopped", 12)),
+        ("slow bounds", 1, 0, [6, 6, 12, 12], ("finished", 12)),
+    )
+    for fault, ranks, code, evaluated, state in starts:
+        assert launch(lab, folder, fault, every, "training.hang_timeout=5", ranks=ranks) == [code] * ranks
+        file = folder / "evaluations.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert [record["step"] for record in records] == evaluated
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["state"], status["step"]) == state
+        assert status["reason"] == ("signal" if code else "")
+    assert find_checkpoint(folder).name == "step-00000012"
+    assert (folder / "checkpoints" / "best").read_text().strip() in ("step-00000006", "step-00000012")
+    assert lab.losses(folder) == pytest.approx(lab.losses(whole), rel=1e-5)
+    assert not json.loads((find_checkpoint(folder) / "run_state.json").read_text())["owes_evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"], signal.SIGTERM),
+        (["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port"], signal.SIGUSR1),
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_ranks_whose_launcher_was_killed_write_a_checkpoint_and_end(lab, runs, launcher, number):
+    """Of these signals neither launcher tells its ranks anything; deepspeed has another process between them."""
+    folder, log = runs / f"orphans-{number.name}", runs / f"orphans-{number.name}.txt"
+    settings = ("training.steps=100000", "training.checkpoint_every=100000")
+    command = [sys.executable, *launcher, str(lab.free_port()), *lab.pretrain_arguments(folder, *settings)]
+    with open(log, "wb") as file:
+        started = subprocess.Popen(command, cwd=ROOT, env=lab.environment(), stdout=file, stderr=subprocess.STDOUT)
+    ranks: list[psutil.Process] = []
     try:
-        assert run.processes[0].wait(timeout=60) == 1
+        wait_for_step(folder, 3)
+        ranks = [p for p in psutil.Process(started.pid).children(recursive=True) if "--output" in p.cmdline()]
+        started.send_signal(number)
+        assert started.wait(30) == -number
+        assert not psutil.wait_procs(ranks, timeout=60)[1], log.read_text()[-3000:]
     finally:
-        run.signal(signal.SIGKILL)
-    text = run.logs[0].read_text()
-    assert "Timeout" in text
-    assert "vmd_scale/training/loop.py" in text
+        for process in (started, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "the death of its launcher")
+    assert status["step"] == lab.metrics(folder)[-1]["step"]
+    assert find_checkpoint(folder).name == f"step-{status['step']:08d}"
+
+
+HANG = """
+import os, runpy, sys, time
+from vmd_scale.training.loop import Trainer
+
+make_step = Trainer._step
+
+def step_or_fall_asleep(self, step, *arguments):
+    if step == 4 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return make_step(self, step, *arguments)
+
+Trainer._step = step_or_fall_asleep
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_when_a_rank_hangs_all_ranks_end_themselves_and_say_where(lab, runs):
+    """The one that sleeps, by its watchdog; the one that waits for it, by its own or as the other is gone."""
+    script = runs / "hang.py"
+    script.write_text(HANG)
+    waiting, hanging = lab.start(runs / "hangs", "training.hang_timeout=6", through=script).wait()
+    assert (waiting.code, hanging.code) == (1, 1)
+    assert "Timeout (0:00:06)!" in hanging.text
+    assert " in step_or_fall_asleep" in hanging.text
+    assert re.search(r'vmd_scale/training/loop.py", line \d+ in _', waiting.text)
+    assert lab.metrics(runs / "hangs")[-1]["step"] == 4

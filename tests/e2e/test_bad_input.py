@@ -128,6 +128,23 @@ def pretrain(desk, *settings):
             ['deepspeed.bf16={"enabled":true}'],
             "deepspeed.bf16.enabled contradicts training.precision 'fp32'",
         ),
+        (
+            ['deepspeed.bfloat16={"enabled":true}'],
+            "deepspeed.bfloat16 contradicts training.precision; leave it out",
+        ),
+        (
+            ['deepspeed.torch_autocast={"enabled":true,"dtype":"bfloat16"}'],
+            "deepspeed.torch_autocast contradicts training.precision; leave it out",
+        ),
+        (
+            ["training.precision=bf16", 'deepspeed.bf16={"bf16_master_weights_and_grads":true}'],
+            "deepspeed.bf16.bf16_master_weights_and_grads contradicts training.precision 'bf16': masters, moments",
+        ),
+        (
+            ['deepspeed.data_efficiency={"enabled":true}'],
+            "deepspeed.data_efficiency contradicts training.seed, which alone decides what a step is made of",
+        ),
+        (['deepspeed.amp={"enabled":true}'], "unknown key 'deepspeed.amp'"),
         (["deepspeed.bf16=true"], "deepspeed.bf16 must be an object, found True"),
         (['deepspeed.optimizer={"type":"AdamW"}'], "deepspeed.optimizer contradicts training.learning_rate"),
         (

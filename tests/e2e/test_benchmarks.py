@@ -1,10 +1,14 @@
 """The scripts in benchmarks/ run, tiny. What they measure is for a quiet machine, and for a GPU."""
 
+import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,3 +81,91 @@ def test_gpu_check_begins_nothing_that_it_could_not_end(tmp_path):
     found = json.loads(file.read_text())
     assert "packages" in found["environment"]
     assert "needed" in found["sampling"]["skipped"]
+
+
+def test_chaos_breaks_a_run_finds_it_unharmed_and_counts_what_was_made_again(lab, tmp_path):
+    """One rank, stopped once and then killed, with damage to the manifest of its newest checkpoint."""
+    file = tmp_path / "chaos.json"
+    small = ("--config", lab.config, "--sizes", "1", "--steps", "100", "--events", "2")
+    small += ("--kinds", "SIGTERM,lost end (manifest)")
+    run("benchmarks/chaos.py", "--folder", tmp_path / "chaos", "--json", file, *small)
+    found = json.loads(file.read_text())
+    assert (found["same"], found["rows_equal"], found["largest_difference_of_weights"]) == (True, True, 0)
+    assert (found["events"], found["at_start_up"]) == ({"SIGTERM": 1, "lost end (manifest)": 1}, 0)
+    starts = [int(line) for line in (tmp_path / "chaos" / "disturbed-1" / "starts.txt").read_text().split()]
+    assert len(starts) == 3
+    assert starts[1] > 0  # the stop has cost nothing; the damage, the steps since the checkpoint before
+    assert 0 < found["steps_lost"] == found["most_steps_lost_at_once"] <= 100 - starts[2]
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    spec = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["chaos"]
+
+
+def test_chaos_deals_every_kind_of_event_before_any_a_second_time(chaos):
+    deck = chaos.Deck(list(chaos.KINDS), random.Random(0))
+    early = [deck.deal(lambda kind: "(manifest)" not in kind) for _ in range(3)]
+    later = [deck.deal(lambda kind: True) for _ in range(2 * len(chaos.KINDS) - 3)]
+    dealt = early + later
+    assert sorted(dealt[: len(chaos.KINDS)]) == sorted(dealt[len(chaos.KINDS) :]) == sorted(chaos.KINDS)
+
+
+def test_chaos_counts_from_the_step_that_was_really_resumed(chaos):
+    """The next start counts, be it killed before it has made a step; what a damaged checkpoint held is lost too."""
+    tally = chaos.Tally()
+    for first, reached in ((0, 37), (20, 45), (30, 30), (30, 50)):
+        tally.started_from(first)
+        tally.reached = max(tally.reached, reached)
+    assert tally.steps_lost == [0, 17, 15, 0]
+
+
+@pytest.mark.parametrize(
+    ("event", "trains", "codes", "said"),
+    [
+        ("kill -9 of all", False, [0, 1], "before the kill -9 of all, ranks ended with exit codes"),
+        ("SIGTERM", True, [75, 1], "after the SIGTERM, ranks ended with exit codes"),
+        ("SIGUSR1", True, [0, 75], "after the SIGUSR1"),
+    ],
+)
+def test_chaos_takes_no_crash_for_an_event_that_was_survived(chaos, monkeypatch, tmp_path, event, trains, codes, said):
+    class Ranks:
+        first_step, alive = (0, trains) if trains else (None, False)
+
+        def __init__(self, *_):
+            self.processes = []
+
+        def wait(self, timeout):
+            return codes
+
+    monkeypatch.setattr(chaos, "Ranks", Ranks)
+    monkeypatch.setattr(chaos, "stop", lambda *_: codes)
+    monkeypatch.setattr(chaos, "last_step", lambda _: 100)
+    tally = chaos.Tally()
+    with pytest.raises(SystemExit, match=said):
+        chaos.disturb(chaos.Start(tmp_path, tmp_path, 1000, 2), event, random.Random(0), tally)
+    assert not tally.events
+
+
+@pytest.mark.parametrize("of_manifest", [False, True])
+@pytest.mark.parametrize("how", ["flipped bit", "lost end", "missing file"])
+def test_chaos_really_damages_what_it_says(chaos, tmp_path, how, of_manifest):
+    from vmd_scale.files import sha256_of
+
+    checkpoint = tmp_path / "checkpoints" / "step-00000010"
+    for number in range(10 if how == "flipped bit" else 1):  # some bits of a manifest mean nothing
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "weights").write_bytes(b"weights")
+        record = {"bytes": 7, "sha256": sha256_of(checkpoint / "weights")}
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": 10, "files": {"weights": record}}))
+        before = (checkpoint / "manifest.json").read_bytes()
+        assert chaos.sound(tmp_path) == [checkpoint]
+        chaos.damage(checkpoint, how, random.Random(number), of_manifest)
+        assert not chaos.sound(tmp_path)
+        manifest = checkpoint / "manifest.json"
+        assert (manifest.exists() and manifest.read_bytes() == before) != of_manifest

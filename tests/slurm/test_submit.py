@@ -73,6 +73,20 @@ def test_one_job_may_requeue_itself(lab, call):
     assert "--output=runs/tiny/slurm/%j.out" in line
 
 
+def test_elements_of_an_array_have_a_folder_for_their_output(lab, call, monkeypatch, tmp_path):
+    """Slurm puts each one's number in the place of %a, in a path too, and makes no folder."""
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/called; echo 7\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    seeds = ("--output", tmp_path / "runs" / "seed%a", "--set", "training.seed=%a", "--sbatch=--array=0-2")
+    code, out, _ = call(SUBMIT.main, "--config", lab.config, "--gpus-per-node", 0, *seeds)
+    assert (code, out[0]) == (0, "job 7")
+    words = (tmp_path / "called").read_text().split()
+    assert f"--output={tmp_path}/runs/slurm/%A_%a.out" in words
+    assert words[-4:] == ["--output", str(tmp_path / "runs" / "seed%a"), "--set", "training.seed=%a"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["slurm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -83,6 +97,8 @@ def test_one_job_may_requeue_itself(lab, call):
         (("--gpus-per-node", -1), "--gpus-per-node must not be negative"),
         (("--gpus-per-node", 2, "--ranks-per-node", 2), "--ranks-per-node is for nodes without GPUs"),
         (("--ranks-per-node", 0), "--ranks-per-node must be at least 1"),
+        (("--output", "runs/seed%a"), "%a stands for the number of an element of a job array: add --sbatch=--array"),
+        (("--sbatch=--array=1-2", "--set", "training.seed=x%a"), "training.seed: .*found 'x1'"),
         (("--time", "tomorrow"), "--time 'tomorrow': expected MINUTES"),
         (("--time", "2"), "--time 2 leaves no time before --stop-before 120 seconds"),
     ],

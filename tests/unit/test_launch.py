@@ -1,14 +1,19 @@
 """Who am I in this job, and shall I stop: answers from the environment, and the record that a run leaves."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from vmd_scale.errors import UserError
 from vmd_scale.training import launch
+from vmd_scale.training.orphans import is_launcher
 from vmd_scale.training.preemption import StopRequest
 from vmd_scale.training.status import Status, read_status, this_start, write_status
 
@@ -54,6 +59,21 @@ def test_a_task_of_srun_knows_its_rank(environment):
     assert found["MASTER_ADDR"] == "gpu07"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[07-08]", "gpu07"),
+        ("gpu[007-010,12],x1", "gpu007"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("n[3,7-9]-ib,m[1-2]", "n3-ib"),
+        ("rack[2-3]node[05-09]", "rack2node05"),
+        ("login.cluster,n1", "login.cluster"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
 def test_a_task_with_a_gpu_of_its_own_sees_it_as_number_0(environment, monkeypatch):
     environment(STEP)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -88,6 +108,57 @@ def test_a_run_stops_by_signal_file_or_time_and_knows_why(environment, handlers,
     environment({"VMD_STOP_AT": str(int(time.time()) - 1)})
     late = StopRequest(tmp_path, True)
     assert (late.seen(), late.reason()) == (True, "time")
+
+
+def test_a_run_stops_when_its_launcher_is_dead(environment, handlers, tmp_path):
+    assert not StopRequest(tmp_path, True, [os.getppid()]).seen()
+    orphan = StopRequest(tmp_path, False, [2**30])
+    assert (orphan.seen(), orphan.reason()) == (True, "the death of its launcher")
+    signal.raise_signal(signal.SIGTERM)
+    assert orphan.reason() == "signal"  # to all of its process group, perhaps: what the launcher died of
+
+
+RANK = """
+import sys, time
+from vmd_scale.training.orphans import are_above, launchers_above
+chain = launchers_above()
+print(len(chain), are_above(chain), flush=True)
+for _ in range(3000 if chain else 0):
+    if not are_above(chain):
+        print("orphan", flush=True)
+        break
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("outer", "found"), [("deepspeed", 2), ("shell", 0)])
+def test_a_rank_notices_the_death_of_launchers_and_of_nobody_else_above(tmp_path, outer, found):
+    """Of the outer of two processes above it, as `deepspeed` is; it is killed."""
+    (tmp_path / "rank.py").write_text(RANK)
+    for name, child in ((outer, "inner"), ("inner", "rank.py")):
+        (tmp_path / name).write_text(f"import subprocess, sys; subprocess.run([sys.executable, {child!r}])\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, outer]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == f"{found} True\n"
+        process.kill()
+        assert process.stdout.read() == ("orphan\n" if found else "")  # to its end: the rank has ended
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("/venv/bin/python /venv/bin/deepspeed --num_gpus 2 launchers/pretrain.py", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=None", True),
+        ("/venv/bin/python -m torch.distributed.run --nproc-per-node 2 launchers/pretrain.py", True),
+        ("torchrun launchers/pretrain.py", True),
+        ("bash -c deepspeed\0launchers/pretrain.py", False),
+        ("python launchers/reproduce.py --output runs/deepspeed/1 deepspeed", False),
+        ("slurmstepd: [7.0]", False),
+    ],
+)
+def test_what_is_a_launcher(command, is_one):
+    assert is_launcher([word.replace("\0", " ") for word in command.split()]) == is_one
 
 
 def test_a_time_that_is_none_is_refused(environment, tmp_path):

@@ -1,5 +1,6 @@
 """Is the latent used, or has it collapsed to its prior? KL at several mask ratios, and active units."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,13 +41,21 @@ class LatentUsage:
 
 @torch.no_grad()
 def latent_usage(
-    model: VMD, reader: ShardReader, step: int, objective: str, rows: int = 256, micro_batch: int = 64, seed: int = 0
+    model: VMD,
+    reader: ShardReader,
+    step: int,
+    objective: str,
+    rows: int = 256,
+    micro_batch: int = 64,
+    seed: int = 0,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> LatentUsage:
     """Measure on a fixed random choice of rows. Under ZeRO-3 all ranks must call it: they compute the same.
 
     Args:
         model: with a latent, in evaluation mode.
         objective: what it was trained with: only `vmd` teaches the encoder about rows that are masked in part.
+        after_batch: called after each batch.
     """
     ratios = MASK_RATIOS if objective == "vmd" else (1.0,)
     a, device = model.architecture, next(model.parameters()).device
@@ -69,6 +78,7 @@ def latent_usage(
                 mean = q.mean if q.prior is None else q.prior.standardised(q.mean)
                 means.append(mean.cpu())
                 scored_groups.append(scored.cpu())
+        after_batch()
     # Over the rows, in each block (or place of a document) by itself: a mean that only tells its number says nothing.
     mean, scored = torch.cat(means), torch.cat(scored_groups)
     of_groups = [mean[scored[:, g], g].var(0) for g in range(mean.shape[1]) if scored[:, g].sum() > 1]

@@ -117,11 +117,20 @@ class Ranks:
 
 
 def evaluate(
-    model: VMD, reader: ShardReader, request: Request, weights: str, step: int, ranks: Ranks | None = None
+    model: VMD,
+    reader: ShardReader,
+    request: Request,
+    weights: str,
+    step: int,
+    ranks: Ranks | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[Result]:
     """One `Result` for each K and T of the request, the same on every rank.
 
     Rows are dealt out to the ranks, each exactly once; the result does not depend on their number.
+
+    Args:
+        after_batch: called on every rank after each of its batches, of which all ranks have the same number.
 
     Raises:
         UserError: fewer than two rows, no draws, or a latent or paths that do not exist.
@@ -152,7 +161,7 @@ def evaluate(
     if request.until_error is not None:  # any beginning of them is a random choice
         rows = rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
     noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
-    score_all = partial(_score_until, reader, rows, protocol, request, ranks or Ranks())
+    score_all = partial(_score_until, reader, rows, protocol, request, ranks or Ranks(), after_batch)
     surrogate = None
     if request.surrogate:
         if request.paths not in RANDOM_LAWS:
@@ -223,14 +232,20 @@ def _check_compat(request: Request, protocol: Protocol) -> None:
 
 
 def _score_until(
-    reader: ShardReader, rows: np.ndarray, protocol: Protocol, request: Request, ranks: Ranks, score: Score
+    reader: ShardReader,
+    rows: np.ndarray,
+    protocol: Protocol,
+    request: Request,
+    ranks: Ranks,
+    after_batch: Callable[[], None],
+    score: Score,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nats and counted tokens of the rows, float64 and int64 [n]: of all, or of as many as a pilot says will suffice.
 
     The rows of the pilot are not among the results, unless all rows are needed: who stops when a number looks good
     reports one that is too good. Neither ranks nor micro-batch decide anything.
     """
-    some = partial(_score_rows, reader, rows, protocol, request.micro_batch, ranks, score)
+    some = partial(_score_rows, reader, rows, protocol, request.micro_batch, ranks, after_batch, score)
     if request.until_error is None:
         return some(np.arange(len(rows), dtype=np.int64))
     pilot = min(PILOT, len(rows))
@@ -249,6 +264,7 @@ def _score_rows(
     protocol: Protocol,
     micro_batch: int,
     ranks: Ranks,
+    after_batch: Callable[[], None],
     score: Score,
     numbers: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -269,6 +285,7 @@ def _score_rows(
         some = Rows(batch.tokens, scored.maskable, scored.attend, torch.from_numpy(filled))
         nats[dealt] = score(some, scored.counted)[: len(dealt)].numpy()
         tokens[dealt] = scored.counted[: len(dealt)].sum(-1).numpy()
+        after_batch()
     if ranks.size > 1:
         shares: list[Any] = [None] * ranks.size
         dist.all_gather_object(shares, (nats, tokens), group=ranks.group)

@@ -15,18 +15,25 @@ from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
 
-# Top-level keys of DeepSpeed's configuration, version 0.19; it ignores any other.
+# Top-level keys of DeepSpeed's configuration, version 0.19; it ignores any other, or fails for those of older versions.
 _KEYS = """
-activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-compression_training csv_monitor curriculum_learning data_efficiency data_types disable_allgather dump_state elasticity
-eigenvalue flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
-hybrid_engine load_universal_checkpoint memory_breakdown nebula optimizer pipeline prescale_gradients
-progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
-sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
-zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
+csv_monitor data_efficiency data_types disable_allgather dump_state flops_profiler fp16 gradient_accumulation_steps
+gradient_clipping gradient_predivide_factor hybrid_engine load_universal_checkpoint memory_breakdown optimizer pipeline
+prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers
+torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown
+wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
 DEEPSPEED_KEYS = frozenset(_KEYS.split())
+# What a key of theirs would do behind the back of one of ours.
+CONTRADICTIONS = {
+    "optimizer": "training.learning_rate and its siblings",
+    "scheduler": "training.lr_schedule",
+    "bfloat16": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_efficiency": "training.seed, which alone decides what a step is made of",
+    "tensor_parallel": "training.global_batch, of which every rank takes a share",
+}
 
 
 def resolve_precision(config: Config, device: torch.device) -> str:
@@ -67,13 +74,19 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     for key, (value, ours) in derived.items():
         if result.setdefault(key, value) != value:
             raise UserError(f"deepspeed.{key} ({result[key]}) contradicts {ours}, which makes it {value}; leave it out")
-    for key, ours in (("optimizer", "training.learning_rate and its siblings"), ("scheduler", "training.lr_schedule")):
+    for key, ours in CONTRADICTIONS.items():
         if key in result:
             raise UserError(f"deepspeed.{key} contradicts {ours}; leave it out")
     for key in ("fp16", "bf16"):
         wanted = precision == key
         if bool(result.get(key, {}).get("enabled", wanted)) != wanted:
             raise UserError(f"deepspeed.{key}.enabled contradicts training.precision {training.precision!r}")
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if result.get("bf16", {}).get(key):
+            raise UserError(
+                f"deepspeed.bf16.{key} contradicts training.precision {training.precision!r}: masters, moments and "
+                "their average are kept in fp32; leave it out"
+            )
     stage = config.zero_stage
     if precision == "bf16" and stage == 0:
         raise UserError(

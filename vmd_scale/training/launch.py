@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.training.orphans import launchers_above
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported, below
@@ -35,6 +36,7 @@ class World:
     size: int
     device: torch.device
     host_group: dist.ProcessGroup  # gloo: agreement between ranks without touching a GPU
+    launchers: list[int] = field(default_factory=launchers_above)  # looked up early: preparing data may take hours
 
     @property
     def is_main(self) -> bool:
@@ -200,8 +202,8 @@ def step_port(job: int, step: int) -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name in Slurm's compact form: ``gpu[007-010,12],x1`` -> ``gpu007``."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    """The first name in Slurm's compact form: ``gpu[007-010,12]-ib,x1`` -> ``gpu007-ib``."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
     if match is None:
         raise ValueError(f"not a Slurm node list: {nodelist!r}")
-    return match.group(1) + (match.group(2) or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])

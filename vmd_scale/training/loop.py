@@ -12,18 +12,13 @@ import torch.distributed as dist
 
 from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.checkpoints import all_checkpoints
-from vmd_scale.config import Config, step_values
-from vmd_scale.data.loader import Batch, TrainLoader, evaluation_batches
+from vmd_scale.config import Config
+from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.manifest import contents_of
 from vmd_scale.data.mixture import training_rows
-from vmd_scale.data.roles import Role
-from vmd_scale.data.shards import ShardReader, shard_cache
-from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import TrainingInputs
-from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import RunFailed
-from vmd_scale.evaluation.latent import latent_usage
-from vmd_scale.evaluation.perplexity import Ranks, Request, chosen_rows, evaluate
+from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
@@ -40,10 +35,15 @@ from vmd_scale.training.preflight import bytes_of_checkpoint
 from vmd_scale.training.same_run import check_same_run
 from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
+from vmd_scale.training.validation import validate
 from vmd_scale.training.zero import ShardedMaster
 
 MAX_ROLLBACKS = 5  # of a run, over all its starts
 log = logging.getLogger(__name__)
+
+
+class StopAgreed(Exception):
+    """Raised on all ranks at once, between two batches of an evaluation."""
 
 
 class Trainer:
@@ -79,13 +79,14 @@ class Trainer:
         self.checkpoints = Checkpointer(
             run_folder / "checkpoints", world, self.master, self.ema, training.keep_checkpoints
         )
-        self.stop = StopRequest(run_folder, world.is_main)
+        self.stop = StopRequest(run_folder, world.is_main, world.launchers)
         self.watchdog = Watchdog(training.hang_timeout)
         self.spikes = SpikeDetector()
         self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
         self.skipped_steps = self.skipped_in_a_row = 0
         self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
         self.rollbacks, self.stopped = 0, False
+        self.owes_evaluation = False  # a stop request has cut short that of the present step
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = flops_of(config, a).total
         self.peak_flops = peak_flops(world.device)
@@ -108,6 +109,7 @@ class Trainer:
         self.rollbacks = state.get("rollbacks", 0)  # checkpoints of older versions do not know
         self.checkpoints.best_bound = state["best_bound"]
         self.spikes = SpikeDetector(state["losses"])
+        self.owes_evaluation = state.get("owes_evaluation", False) and self.config.evaluation.every is not None
         how = f" ({', '.join(changed)})" if changed else ""
         log.info("resumed from %s at step %d%s", checkpoint, state["step"], how)
         return state["step"]
@@ -129,7 +131,7 @@ class Trainer:
             telemetry.event("resumed", first_step, world_size=self.world.size)
         done = first_step
         try:
-            while done < self.config.training.steps and not self.stopped:
+            while (done < self.config.training.steps or self.owes_evaluation) and not self.stopped:
                 done = self._train_until_interrupted(done, telemetry)
             if not self.checkpoints.finish():
                 raise RunFailed(f"the last checkpoint, of step {done}, could not be written; see the log")
@@ -159,6 +161,8 @@ class Trainer:
     def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
         """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
         config, training, shift = self.config, self.config.training, self.skipped_batches
+        if self.owes_evaluation and self._evaluate_and_save(done, telemetry):
+            return done
         for batches in self.loader.steps(done + shift, training.steps + shift):
             losses = self._step(done, batches, telemetry)
             done += 1
@@ -172,23 +176,32 @@ class Trainer:
                         step = self._roll_back(done, telemetry)
                     if step is not None:
                         return step
-            bound = math.inf
-            if config.evaluation.every and done % config.evaluation.every == 0:
-                with self.watch.paused():
-                    bound = self._evaluate(done, telemetry)
-            stopping, writing = self.world.any(self.stop.seen(), self.checkpoints.writing)
-            due = stopping or done % training.checkpoint_every == 0 or done == training.steps
-            due |= bound < self.checkpoints.best_bound
-            with self.watch.paused():
-                if self.checkpoints.pending and (due or not writing):
-                    self._publish(done, telemetry)
-                if due:
-                    self._save(done, bound)
-            if stopping and done < training.steps:
-                self.stopped = True
-                telemetry.event("stopped", done)
+            if self._evaluate_and_save(done, telemetry):
                 return done
         return done
+
+    def _evaluate_and_save(self, done: int, telemetry: Telemetry) -> bool:
+        """What is due after `done` steps. Returns whether the run stops here, on request."""
+        training, every = self.config.training, self.config.evaluation.every
+        bound, owed = math.inf, self.owes_evaluation
+        if owed or (every and done % every == 0):
+            with self.watch.paused():
+                try:
+                    bound = self._evaluate(done, telemetry)
+                except StopAgreed:
+                    log.warning("step %d: the evaluation is cut short by a stop request; the next start makes it", done)
+        stopping, writing = self.world.any(self.stop.seen() or self.owes_evaluation, self.checkpoints.writing)
+        due = stopping or done % training.checkpoint_every == 0 or done == training.steps
+        due |= owed or bound < self.checkpoints.best_bound
+        with self.watch.paused():
+            if self.checkpoints.pending and (due or not writing):
+                self._publish(done, telemetry)
+            if due:
+                self._save(done, bound)
+        self.stopped = stopping and (done < training.steps or self.owes_evaluation)
+        if self.stopped:
+            telemetry.event("stopped", done)
+        return self.stopped
 
     def _is_spike(self, record: dict[str, Any], telemetry: Telemetry) -> bool:
         """A step that was skipped has done no harm."""
@@ -218,7 +231,7 @@ class Trainer:
             return None
         rows, shift, rollbacks = self.config.training.global_batch, self.skipped_batches, self.rollbacks
         step = self._restore(found)
-        self.skipped_batches, self.rollbacks = shift + done - step, rollbacks + 1
+        self.skipped_batches, self.rollbacks, self.owes_evaluation = shift + done - step, rollbacks + 1, False
         first = (step + shift) * rows
         log.warning(
             "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
@@ -320,58 +333,38 @@ class Trainer:
         }
 
     def _evaluate(self, done: int, telemetry: Telemetry) -> float:
-        """Bounds on the validation split with the averaged weights. Draws nothing from any generator of the run.
+        """With the averaged weights. Returns the lowest bound, nats per token.
 
-        Returns the lowest of them, nats per token.
+        Raises:
+            StopAgreed: on all ranks, nothing is recorded, and the evaluation is owed.
         """
-        evaluation = self.config.evaluation
+        self.owes_evaluation = True
+        self._go_on()
         self.engine.eval()
-        reader = ShardReader(self.config.data.shards, "validation", cache=shard_cache(self.config.data))
-        weights = "raw" if self.ema is None else "ema"
-        results = []
-        with nullcontext() if self.ema is None else self.ema.applied():
-            for protocol in evaluation.protocols or ("rows",):
-                request = Request(
-                    protocol=protocol,
-                    split="validation",
-                    steps=step_values(evaluation.steps),
-                    rows=evaluation.rows,
-                    paths=self.config.diffusion.paths,
-                    micro_batch=self.config.training.micro_batch,
-                )
-                ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
-                results += evaluate(self.engine.module, reader, request, weights, done, ranks)
-            if self.config.latent.width:
-                objective, micro_batch = self.config.diffusion.objective, self.config.training.micro_batch
-                used = latent_usage(self.engine.module, reader, done, objective, micro_batch=micro_batch)
-                telemetry.latent(used.to_dict())
-            if evaluation.samples:
-                telemetry.samples(self._draw_samples(done, reader))
-        for result in results:
-            telemetry.evaluation(result.to_dict())
-        best = min(results, key=lambda r: r.nats_per_token)
-        log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
-        self.engine.train()
+        weights, model = "raw" if self.ema is None else "ema", self.engine.module
+        ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
+        try:
+            with nullcontext() if self.ema is None else self.ema.applied():
+                found = validate(model, self.config, self.tokenizer, weights, done, ranks, self._go_on)
+        finally:
+            self.engine.train()
+        self.owes_evaluation = False
         self.watchdog.progress()
+        if found.usage is not None:
+            telemetry.latent(found.usage.to_dict())
+        if found.samples is not None:
+            telemetry.samples(found.samples)
+        for result in found.results:
+            telemetry.evaluation(result.to_dict())
+        best = found.best
+        log.info("step %d: validation %.4f bits/token at T = %s", done, best.bits_per_token, best.steps)
         return best.nats_per_token
 
-    def _draw_samples(self, done: int, reader: ShardReader) -> dict[str, Any]:
-        """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token).
-
-        Where rows are given in part (prompts, clues), that part is of rows of the split.
-        """
-        steps = max((T for T in step_values(self.config.evaluation.steps) if math.inf > T), default=math.inf)
-        sampler = Sampler(steps, law=self.config.diffusion.paths)
-        numbers = chosen_rows(reader.rows, self.config.evaluation.samples)
-        (batch,) = evaluation_batches(reader, numbers, len(numbers))
-        maskable, attend = masks_of(batch, reader.manifest)
-        if batch.roles is not None and (batch.roles == Role.GIVEN).any():
-            rows = sample(self.engine.module, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
-        else:
-            rows = sample(self.engine.module, sampler, Noise(0), torch.arange(self.config.evaluation.samples))
-        texts = [self.tokenizer.decode(row) for row in rows.tolist()]
-        shown = "inf" if math.isinf(steps) else int(steps)
-        return {"step": done, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
+    def _go_on(self) -> None:
+        """Between two batches of an evaluation, which may last longer than a hang or the time after a signal."""
+        self.watchdog.progress()
+        if self.world.any(self.stop.seen())[0]:
+            raise StopAgreed
 
     def _save(self, done: int, bound: float) -> None:
         state = {
@@ -381,6 +374,7 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "best_bound": min(bound, self.checkpoints.best_bound),
             "losses": self.spikes.state(),
+            "owes_evaluation": self.owes_evaluation,
             "ema_updates": 0 if self.ema is None else self.ema.updates,
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,

@@ -147,7 +147,7 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
-        if first >= config.training.steps:
+        if first >= config.training.steps and not trainer.owes_evaluation:
             log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
             trainer.record("finished", first)
             return 0

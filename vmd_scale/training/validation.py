@@ -1,0 +1,88 @@
+"""What a run tells about itself in the middle of training: bounds, use of the latent, a few samples."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vmd_scale.build import masks_of
+from vmd_scale.config import Config, step_values
+from vmd_scale.data.loader import evaluation_batches
+from vmd_scale.data.roles import Role
+from vmd_scale.data.shards import ShardReader, shard_cache
+from vmd_scale.diffusion.noise import Noise
+from vmd_scale.diffusion.sampler import Sampler, sample
+from vmd_scale.evaluation.latent import LatentUsage, latent_usage
+from vmd_scale.evaluation.perplexity import Ranks, Request, Result, chosen_rows, evaluate
+from vmd_scale.model import VMD
+from vmd_scale.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class Validation:
+    results: list[Result]
+    usage: LatentUsage | None  # of a model with a latent
+    samples: dict[str, Any] | None  # where the configuration asks for them
+
+    @property
+    def best(self) -> Result:
+        return min(self.results, key=lambda r: r.nats_per_token)
+
+
+def validate(
+    model: VMD,
+    config: Config,
+    tokenizer: Tokenizer,
+    weights: str,
+    step: int,
+    ranks: Ranks,
+    after_batch: Callable[[], None],
+) -> Validation:
+    """On the validation split; the same on every rank. Draws nothing from any generator of the run.
+
+    Args:
+        model: in evaluation mode.
+        weights: ema | raw, what the model computes with.
+        after_batch: called on every rank after each of its batches, of which all ranks have the same number.
+    """
+    evaluation, micro_batch = config.evaluation, config.training.micro_batch
+    reader = ShardReader(config.data.shards, "validation", cache=shard_cache(config.data))
+    results: list[Result] = []
+    for protocol in evaluation.protocols or ("rows",):
+        request = Request(
+            protocol=protocol,
+            split="validation",
+            steps=step_values(evaluation.steps),
+            rows=evaluation.rows,
+            paths=config.diffusion.paths,
+            micro_batch=micro_batch,
+        )
+        results += evaluate(model, reader, request, weights, step, ranks, after_batch)
+    usage = samples = None
+    if config.latent.width:
+        objective = config.diffusion.objective
+        usage = latent_usage(model, reader, step, objective, micro_batch=micro_batch, after_batch=after_batch)
+    if evaluation.samples:
+        samples = _draw_samples(model, config, tokenizer, reader, step)
+    return Validation(results, usage, samples)
+
+
+def _draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: ShardReader, step: int) -> dict[str, Any]:
+    """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token).
+
+    Where rows are given in part (prompts, clues), that part is of rows of the split.
+    """
+    steps = max((T for T in step_values(config.evaluation.steps) if math.inf > T), default=math.inf)
+    sampler = Sampler(steps, law=config.diffusion.paths)
+    numbers = chosen_rows(reader.rows, config.evaluation.samples)
+    (batch,) = evaluation_batches(reader, numbers, len(numbers))
+    maskable, attend = masks_of(batch, reader.manifest)
+    if batch.roles is not None and (batch.roles == Role.GIVEN).any():
+        rows = sample(model, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
+    else:
+        rows = sample(model, sampler, Noise(0), torch.arange(config.evaluation.samples))
+    texts = [tokenizer.decode(row) for row in rows.tolist()]
+    shown = "inf" if math.isinf(steps) else int(steps)
+    return {"step": step, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
