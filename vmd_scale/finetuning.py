@@ -7,6 +7,7 @@ from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint
 from vmd_scale.config import Config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
+from vmd_scale.initial_weights import WITHOUT_ENCODER
 from vmd_scale.tokenization import load_tokenizer
 
 LABELS = "labels"
@@ -47,10 +48,11 @@ def finetuning_config(
         overrides: ``a.b=value``, applied last.
 
     Raises:
-        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; labels for a
-            network that draws block by block.
+        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; a latent whose
+            encoder was not exported; labels for a network that draws block by block.
     """
     values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
+    has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     if corpus == LABELS and not values["latent"]["width"]:
@@ -81,6 +83,8 @@ def finetuning_config(
     values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
     values["telemetry"]["log_every"] = 10
     config = parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    if has_lost_encoder and config.latent.width:
+        raise UserError(f"--from {weights}: {WITHOUT_ENCODER}")
     if corpus == LABELS and config.groups > 1:
         raise UserError(
             f"--corpus labels: needs diffusion.block_size=null, found {config.diffusion.block_size}; labels are scored "
@@ -102,6 +106,12 @@ def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
     if not path.exists():
         raise UserError(f"--from {weights}: no such file or folder")
     raise UserError(f"--from {weights}: does not tell its network; give it with --config FILE")
+
+
+def _without_encoder(weights: str) -> bool:
+    """Whether this is an exported folder that says so."""
+    path = Path(weights) / "config.json"
+    return path.is_file() and read_json(path, dict[str, Any]).get("has_encoder") is False
 
 
 def _parsed(values: dict[str, Any], weights: str) -> dict[str, Any]:

@@ -190,6 +190,65 @@ def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path, old, new,
         initialize_from(model_of(**new), saved(tmp_path, model_of(**old)))
 
 
+def without_encoder(model):
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("injection", ["adaln", "add"])
+def test_a_model_that_listens_to_z_needs_the_encoder_that_z_is_from(tmp_path, injection):
+    """Beside a trained denoiser, a fresh encoder's z is noise."""
+    old = model_of(latent_width=3, injection=injection)
+    path = saved(tmp_path, without_encoder(old))
+    with pytest.raises(UserError, match=r"without its encoder.*export it again with --encoder"):
+        initialize_from(model_of(seed=1, latent_width=3, injection=injection), path)
+    initialize_from(model_of(seed=1), path)  # without a latent it is not missed
+    initialize_from(model_of(seed=1, latent_width=3, injection=injection), saved(tmp_path, old))
+
+
+@pytest.mark.parametrize("lost", ["encoder.out.bias", "denoiser.latent_to_condition.2.weight"])
+def test_a_part_of_which_something_is_lost_does_not_start_fresh(tmp_path, lost):
+    weights = model_of(latent_width=3).state_dict()
+    del weights[lost]
+    with pytest.raises(UserError, match=f"has no {lost}"):
+        initialize_from(model_of(seed=1, latent_width=3), saved(tmp_path, weights))
+
+
+def in_files(folder, model, suffix):
+    """A folder of as many files as parts, and their index."""
+    folder.mkdir()
+    weights = model.state_dict()
+    placed = {name: f"{'encoder' if name.startswith('encoder.') else 'denoiser'}{suffix}" for name in weights}
+    for file in set(placed.values()):
+        part = {name: value for name, value in weights.items() if placed[name] == file}
+        save_file(part, folder / file) if suffix == ".safetensors" else torch.save(part, folder / file)
+    index = "model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"weight_map": placed}))
+    return folder / index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_in_several_files_is_read_by_its_index(tmp_path, suffix):
+    old, new = model_of(latent_width=3), model_of(seed=1, latent_width=3)
+    index = in_files(tmp_path / "folder", old, suffix)
+    save_file({"denoiser.head.weight": torch.zeros(2, 2)}, index.with_name("other.safetensors"))  # not in the index
+    initialize_from(new, str(index.parent))
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in new.state_dict().items())
+    (index.parent / f"encoder{suffix}").rename(index.with_name("moved"))
+    with pytest.raises(UserError, match=rf"encoder\{suffix}: not readable"):
+        initialize_from(new, str(index.parent))
+    with pytest.raises(UserError, match=rf"encoder\{suffix}: not readable"):  # not wanted, but part of a broken folder
+        initialize_from(model_of(), str(index.parent))
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(values["weight_map"], f"denoiser{suffix}")
+    index.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"names encoder\..*, which is not in denoiser"):
+        initialize_from(new, str(index.parent))
+    for wrong in ({}, {"weight_map": ["a"]}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="expected a weight_map"):
+            initialize_from(new, str(index.parent))
+
+
 def test_latent_parts_and_time_conditioning_may_be_left_out(tmp_path):
     plain = model_of(seed=1)
     initialize_from(plain, saved(tmp_path, old := model_of(latent_width=3, time_conditioning=True)))
