@@ -28,6 +28,7 @@ from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
 from vmd_scale.finetuning import LABELS, finetuning_config
+from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.launch import rank_from_environment
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
 
+    from vmd_scale.evaluation.classification import label_tokens
     from vmd_scale.training.start import start
 
     config = finetuning_config(
@@ -59,8 +61,11 @@ def main() -> None:
         load_config(args.config) if args.config else None,
         tuple(args.set),
     )
+    has_labels = config.data.corpus == LABELS
+    if has_labels:
+        label_tokens(config, load_tokenizer(config.data.tokenizer))  # labels that nothing can tell apart end here
     code = start(config, args.output)
-    if code == 0 and config.data.corpus == LABELS and rank_from_environment() == 0:
+    if code == 0 and has_labels and rank_from_environment() == 0:
         print(accuracies(args.output, "ema" if config.training.ema_decay else "raw"))
     sys.exit(code)
 
