@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
-from vmd_scale.files import write_atomically
+from vmd_scale.files import check_writable, write_atomically
 from vmd_scale.report.comparison import comparison_figures, differing_settings
 from vmd_scale.report.events import events_section
 from vmd_scale.report.figures import Picture, figures_of
@@ -80,9 +79,8 @@ def write_report(
     """
     folders = [runs] if isinstance(runs, Path) else list(runs)
     output = output or folders[0] / "report.html"
-    for path, wrong in ((output, output.is_dir()), (png, png is not None and png.is_file())):
-        if wrong:
-            raise UserError(f"{path}: is a {'folder' if path == output else 'file'}; give another name")
+    check_writable(output, "--output")
+    check_writable(None if png is None else png / "loss.png", "--png")
     found = distinctly_named([read_run(folder) for folder in folders], folders)
     figures = [figures_of(run) for run in found]
     together = comparison_figures(found) if len(found) > 1 else {}

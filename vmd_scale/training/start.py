@@ -15,7 +15,7 @@ from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import write_atomically
+from vmd_scale.files import check_writable, write_atomically
 from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
@@ -100,8 +100,9 @@ def start(config: Config, run_folder: Path) -> int:
     """All of a run, on this rank: checks, joining the others, shards, training. Returns the exit code.
 
     Raises:
-        UserError, RunFailed: see `check_before_start`, `prepare_together` and `pretrain`.
+        UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
     """
+    check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
     hang = config.training.hang_timeout
