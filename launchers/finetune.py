@@ -5,7 +5,8 @@
     python launchers/finetune.py --from exported/owt --corpus text --source papers.txt --output runs/papers
     python launchers/finetune.py --from runs/mdm --corpus text --source owt.txt --output runs/vmd \\
         --train-only latent --set latent.width=64                            gives a plain model a latent
-    python launchers/finetune.py --from mdlm.ckpt --config configs/mdlm_owt.json --corpus text ...
+    python launchers/finetune.py --from mdlm.safetensors --config configs/openwebtext_mdlm_weights.json \\
+        --corpus text --source papers.txt --output runs/from_mdlm
 
 --from takes a run, a checkpoint, an exported folder or, with --config, a state dict (our names or MDLM's). The network
 is that of the weights. A file of JSON lines holds {"prompt": ..., "response": ...} for corpus prompts and {"prompt":

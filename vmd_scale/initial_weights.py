@@ -183,7 +183,10 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"training.init_from {path}: not readable as weights alone ({reason}); save its state dict as .safetensors"
         ) from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if isinstance(found, dict) and "state_dict" in found:
+        if "ema" in found:
+            log.warning("%s holds an average too, which is not read: these are the weights without it", path)
+        found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"training.init_from {path}: expected a state dict, names and tensors")
     return found

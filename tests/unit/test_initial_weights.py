@@ -137,6 +137,12 @@ def test_an_mdlm_state_dict_computes_the_same_here(published, tmp_path, changes,
     torch.testing.assert_close(model.logits(noisy, z, None, torch.rand(4, 1)), wanted, rtol=0, atol=1e-5)
 
 
+def test_of_a_file_with_an_average_it_is_said_which_weights_are_read(tmp_path, caplog):
+    torch.save({"state_dict": model_of().state_dict(), "ema": {"decay": 0.9999}}, tmp_path / "lightning.ckpt")
+    initialize_from(model_of(seed=1), str(tmp_path / "lightning.ckpt"))
+    assert "lightning.ckpt holds an average too, which is not read" in caplog.text
+
+
 def test_an_mdlm_state_dict_needs_an_architecture_that_can_hold_it(published, tmp_path):
     path = saved(tmp_path, published)
     with pytest.raises(UserError, match=r"model\.biases=true"):
