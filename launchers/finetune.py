@@ -30,7 +30,7 @@ from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
 from vmd_scale.finetuning import LABELS, finetuning_config
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import rank_from_environment
+from vmd_scale.training.launch import rank_from_environment, world_size_from_environment
 
 
 @reports_user_errors
@@ -61,6 +61,7 @@ def main() -> None:
         args.lora,
         load_config(args.config) if args.config else None,
         tuple(args.set),
+        world_size_from_environment(),
     )
     has_labels = config.data.corpus == LABELS
     if has_labels:

@@ -14,10 +14,17 @@ LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
 TEXT8 = ("text8", "text8_mdlm")  # tokenizers of nothing but the letters that text8, which comes so, has
 KEPT_DATA = ("row_length", "documents_per_row", "cache", "cache_gib", "workers")
+KEPT_TRAINING = ("seed", "precision", "activation_checkpointing", "compile", "hang_timeout")
+DERIVED = (  # keys of the deepspeed section that follow from the batch, which is another one
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+MICRO_BATCH = 8  # at most, where the weights were not trained with less
 TRAINING = {
     "steps": 500,
     "global_batch": 32,
-    "micro_batch": 8,
     "lr_schedule": "cosine",
     "warmup_steps": 20,
     "ema_decay": 0.99,
@@ -36,6 +43,7 @@ def finetuning_config(
     lora_rank: int | None = None,
     base: Config | None = None,
     overrides: tuple[str, ...] = (),
+    ranks: int = 1,
 ) -> Config:
     """What `start` needs to fine-tune.
 
@@ -46,6 +54,7 @@ def finetuning_config(
         lora_rank: becomes training.lora.rank.
         base: the network of weights that do not tell their own, MDLM's for example.
         overrides: ``a.b=value``, applied last.
+        ranks: the micro-batch is made to fit their number.
 
     Raises:
         UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; a latent whose
@@ -70,11 +79,12 @@ def finetuning_config(
         "shards": str(output / "shards"),
     }
     partial = bool(trainable) or lora_rank is not None
+    old_training = values["training"]
     values["training"] = {
         **TRAINING,
+        **{key: old_training[key] for key in KEPT_TRAINING},
+        "micro_batch": 1,
         "learning_rate": PARTIAL_LEARNING_RATE if partial else FULL_LEARNING_RATE,
-        "seed": values["training"]["seed"],
-        "precision": values["training"]["precision"],
         "init_from": weights,
         "trainable": list(trainable),
         "lora": None if lora_rank is None else {"rank": lora_rank},
@@ -82,7 +92,12 @@ def finetuning_config(
     values["model"]["attention"] = "auto"
     values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
     values["telemetry"]["log_every"] = 10
-    config = parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    values["deepspeed"] = {key: value for key, value in values["deepspeed"].items() if key not in DERIVED}
+    origin = f"fine-tuning {weights}"
+    global_batch = parse_config(values, origin, overrides).training.global_batch
+    most = min(old_training["micro_batch"], MICRO_BATCH)
+    values["training"]["micro_batch"] = _fitting(most, global_batch, ranks)
+    config = parse_config(values, origin, overrides)
     if has_lost_encoder and config.latent.width:
         raise UserError(f"--from {weights}: {WITHOUT_ENCODER}")
     if corpus == LABELS and config.groups > 1:
@@ -91,6 +106,11 @@ def finetuning_config(
             "under the sampler that draws the whole row in one step"
         )
     return config
+
+
+def _fitting(most: int, global_batch: int, ranks: int) -> int:
+    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; 1 where none does."""
+    return next((size for size in range(most, 1, -1) if global_batch % (size * ranks) == 0), 1)
 
 
 def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:

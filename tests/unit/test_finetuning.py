@@ -1,16 +1,21 @@
 """The configuration of a fine-tuning run, from weights that tell their own network."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from vmd_scale.build import build_model
 from vmd_scale.checkpoints import TrainedModel
-from vmd_scale.config import parse_config
+from vmd_scale.config import load_config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.export.folder import export
 from vmd_scale.finetuning import finetuning_config
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.engine import accumulation_steps, deepspeed_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def config_of(**sections):
@@ -58,3 +63,38 @@ def test_a_shard_of_an_export_that_is_gone_is_an_error(tmp_path):
         with pytest.raises(UserError, match=rf"{shard.name}: not readable"):
             initialize_from(build_model(config, tokenizer.vocab_size), str(folder))
         (tmp_path / "aside").rename(shard)
+
+
+def test_the_engine_is_that_of_the_weights(tmp_path):
+    """What was needed to fit into memory once is needed again; a smaller micro-batch stays one."""
+    base = load_config(CONFIGS / "ladder" / "8b.json")
+    tuned = tune("w.pt", tmp_path, base=base).training
+    assert (tuned.activation_checkpointing, tuned.micro_batch) == ("full", 4)
+    assert tune("w.pt", tmp_path, base=base).zero_stage == 3
+    old = config_of(
+        training={"micro_batch": 64, "global_batch": 64, "seed": 7, "compile": False},
+        deepspeed={"zero_optimization": {"stage": 2}, "train_batch_size": 64, "gradient_accumulation_steps": 1},
+    )
+    tuned = tune("w.pt", tmp_path, base=old)
+    deepspeed_config(tuned, 1, "fp32")  # the old batch contradicts nothing
+    assert (tuned.training.micro_batch, tuned.training.seed, tuned.training.compile) == (8, 7, False)
+    assert tuned.zero_stage == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "micro_batch"),
+    [
+        (1, (), 8),
+        (8, (), 4),
+        (32, (), 1),
+        (8, ("training.global_batch=24",), 3),
+        (5, ("training.global_batch=30",), 6),
+        (8, ("training.micro_batch=2",), 2),
+    ],
+)
+def test_the_micro_batch_fits_the_number_of_ranks(tmp_path, ranks, overrides, micro_batch):
+    """The same command works in front of one GPU and of eight."""
+    old = config_of(training={"micro_batch": 64, "global_batch": 64})
+    tuned = tune("w.pt", tmp_path, *overrides, base=old, ranks=ranks)
+    assert tuned.training.micro_batch == micro_batch
+    assert accumulation_steps(tuned, ranks) >= 1
