@@ -65,6 +65,14 @@ def test_baselines_differ_from_each_other_in_the_method_alone(data):
     assert ours.diffusion.objective == "vmd"
 
 
+def test_runs_on_text_show_what_they_write():
+    """At every evaluation, as many rows as a table of samples holds; of pixels there is nothing to read."""
+    for name in ("text8", "lm1b_bd3", "openwebtext", "ladder/8b", "quickstart"):
+        evaluation = load_config(CONFIGS / f"{name}.json").evaluation
+        assert (evaluation.samples, evaluation.every is not None) == (4, True)
+    assert load_config(CONFIGS / "cifar10.json").evaluation.samples == 0
+
+
 def test_variational_baselines():
     for data in ("text8", "lm1b"):
         vadd = load_config(CONFIGS / f"{data}_vadd.json")  # one latent of 512 a row, an encoder like the denoiser

@@ -55,7 +55,7 @@ class WandbLog:
                     id=_id(run_folder),
                     resume="allow",
                     config={**config.publishable(), "code": code_version()},
-                    settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT),
+                    settings=wandb.Settings(**_patience(wandb.Settings)),
                 )
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
@@ -133,6 +133,13 @@ def code_version() -> dict[str, str]:
         "python": platform.python_version(),
         "host": platform.node(),
     }
+
+
+def _patience(known: Any) -> dict[str, float]:
+    """How long wandb may wait, in seconds, for its server or for a key that is typed in; other ranks wait meanwhile."""
+    wanted = {"init_timeout": SECONDS_TO_CONNECT, "login_timeout": SECONDS_TO_CONNECT, "finish_timeout": FINISH_SECONDS}
+    fields = getattr(known, "model_fields", wanted)  # the last one is newer than what pyproject.toml allows
+    return {name: seconds for name, seconds in wanted.items() if name in fields}
 
 
 def _id(run_folder: Path) -> str:
