@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from example_results import example_result
 
-from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.config import load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.generation import GenerationResult
@@ -155,6 +155,29 @@ def test_figures_of_samples_beside_the_bounds_are_passed_over(run, tmp_path):
     (tmp_path / "drawn.json").write_text(json.dumps([drawn()]))
     with pytest.raises(UserError, match=r"--evaluation .*drawn\.json holds no bounds"):
         results_of(trained, tmp_path / "drawn.json")
+
+
+def test_a_card_shows_results_of_its_own_checkpoint_alone(tmp_path):
+    """Two runs of a million steps each: the step and the kind of weights tell nothing."""
+    trained = []
+    for name in ("mdm", "vmd"):
+        checkpoint = tmp_path / name / "checkpoints" / "step-20"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": 20, "files": {"weights": {"sha256": name}}}))
+        trained.append(TrainedModel(None, None, None, 20, "ema", checkpoint))
+    mdm, vmd = trained
+    mine = [Result(**result(steps, checkpoint=checkpoint_id(vmd.checkpoint))) for steps in (4, "inf")]
+    (tmp_path / "results.json").write_text(json.dumps([r.to_dict() for r in mine]))
+    assert results_of(vmd, tmp_path / "results.json") == mine
+    with pytest.raises(UserError, match=r"results\.json holds results of another checkpoint of the same step"):
+        results_of(mdm, tmp_path / "results.json")
+    (tmp_path / "older.json").write_text(json.dumps([result(4)]))
+    with pytest.raises(UserError, match="a checkpoint that it does not name"):
+        results_of(vmd, tmp_path / "older.json")
+    for run in ("mdm", "vmd"):  # a copy of the other's results in a run folder is passed over
+        shutil.copy(tmp_path / "results.json", tmp_path / run / "evaluation.json")
+    (tmp_path / "vmd" / "evaluations.jsonl").write_text(json.dumps(result(8)) + "\n")  # of training itself
+    assert (results_of(mdm, None), results_of(vmd, None)) == ([], [Result(**result(8)), *mine])
 
 
 def add_events(run):
