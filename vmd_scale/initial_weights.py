@@ -30,7 +30,7 @@ from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
 from vmd_scale.model import VMD
 
 OPTIONAL = (*LATENT_PARTS, "denoiser.time_to_condition.*")
-FRESH = (*OPTIONAL, "*.lora_a", "*.lora_b")
+ADAPTERS = ("*.lora_a", "*.lora_b")
 INJECTION = ("denoiser.latent_to_condition.*", "denoiser.latent_to_embedding.*")
 MODULATION = "denoiser.blocks.*.modulation.*"  # of which time conditioning, and MDLM's constant, have a part too
 POSITION = "position.weight"
@@ -42,11 +42,14 @@ WITHOUT_ENCODER = (
 log = logging.getLogger(__name__)
 
 
-def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> None:
+def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> dict[str, Tensor]:
     """Fill `model` with the weights of `source`, in place.
 
     Args:
         fingerprint: of the tokenizer; compared where the source knows its own.
+
+    Returns:
+        What it was filled with: fp32 by parameter name, whatever becomes of the model.
 
     Raises:
         UserError: nothing there, another tokenizer, or weights that do not fit.
@@ -60,7 +63,8 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
     own = model.state_dict()
     fresh = [name for name in own if name not in weights]
     halves = [part for part in OPTIONAL if part != MODULATION and _has(weights, part)]
-    needed = [name for name in fresh if not _is_of(name, FRESH) or _is_of(name, halves)]
+    whole = [name for name in fresh if not _is_of(name, ADAPTERS)]
+    needed = [name for name in whole if not _is_of(name, OPTIONAL) or _is_of(name, halves)]
     if model.encoder is not None and not _has(weights, "encoder.*") and any(_has(weights, part) for part in INJECTION):
         raise UserError(f"training.init_from {source}: {WITHOUT_ENCODER}")
     if needed:
@@ -97,6 +101,7 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
         f"; fresh: {_shown(fresh)}" if fresh else "",
         f"; left out: {_shown(left)}" if left else "",
     )
+    return filled
 
 
 def _silence(model: VMD, fresh: Collection[str]) -> None:

@@ -211,6 +211,14 @@ def test_a_model_that_listens_to_z_needs_the_encoder_that_z_is_from(tmp_path, in
     initialize_from(model_of(seed=1, latent_width=3, injection=injection), saved(tmp_path, old))
 
 
+def test_adapters_start_fresh_in_every_part(tmp_path):
+    adapted, path = model_of(seed=1, latent_width=3), saved(tmp_path, old := model_of(latent_width=3))
+    add_adapters(adapted, LORA)
+    filled = initialize_from(adapted, path)
+    assert any(name.startswith("encoder.") and name.endswith("lora_a") for name in adapted.state_dict())
+    assert set(filled) == set(old.state_dict())
+
+
 @pytest.mark.parametrize("lost", ["encoder.out.bias", "denoiser.latent_to_condition.2.weight"])
 def test_a_part_of_which_something_is_lost_does_not_start_fresh(tmp_path, lost):
     weights = model_of(latent_width=3).state_dict()

@@ -55,13 +55,15 @@ class Trainer:
         model = build_model(config, tokenizer.vocab_size)
         source = training.init_from
         (resumes,) = world.any(world.is_main and bool(whole_checkpoints(run_folder / "checkpoints")))
+        initial: dict[str, torch.Tensor] = {}
         if source is not None and not resumes:
-            world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
-        self.checkpoint_bytes = bytes_of_checkpoint(model, self.precision, bool(training.ema_decay))
+            world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
+        self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
         self.objective = build_objective(config, tokenizer.vocab_size)
         log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
+        self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
         self.reader, self.order = training_rows(config.data, training.seed)
         self.loader = TrainLoader(
