@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vmd_scale.build import Parts
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
@@ -96,8 +97,11 @@ def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> 
         splits = ["train"]  # of those of a mixture
 
 
-def start(config: Config, run_folder: Path) -> int:
+def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     """All of a run, on this rank: checks, joining the others, shards, training. Returns the exit code.
+
+    Args:
+        parts: a model or an objective of one's own; docs/extending.md has examples.
 
     Raises:
         UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
@@ -111,12 +115,12 @@ def start(config: Config, run_folder: Path) -> int:
         prepare_together(config, world, tokenizer)
         run_folder.mkdir(parents=True, exist_ok=True)
         start_logging(run_folder, world.rank)
-        return pretrain(config, run_folder, world, tokenizer)
+        return pretrain(config, run_folder, world, tokenizer, parts)
     finally:
         leave_world()
 
 
-def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
+def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer, parts: Parts | None = None) -> int:
     """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code.
 
     Raises:
@@ -126,7 +130,7 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     lock, training = RunLock(run_folder), config.training
     try:
         world.on_main(lock.acquire)
-        trainer = Trainer(config, run_folder, world, tokenizer)
+        trainer = Trainer(config, run_folder, world, tokenizer, parts)
         world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
         first = trainer.resume()
         if world.is_main:
