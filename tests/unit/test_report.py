@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import time
@@ -224,6 +225,21 @@ def test_a_run_that_diverged_from_the_start_has_a_page(run, count, loss):
     assert page.pictures.count("Loss") == 2
     assert "Loss, all runs" in page.pictures
     assert "last logged loss ? nats" in page.text
+
+
+def test_watching_ends_when_the_last_run_has_ended_or_died(run, tmp_path):
+    """After kill -9 the record says for ever that the run goes on."""
+    goes_on = runpy.run_path(str(CONFIGS.parent / "launchers" / "report.py"))["goes_on"]
+    other, lock = tmp_path / "other", RunLock(run)
+    shutil.copytree(run, other)
+    assert not goes_on([run, other])  # nothing is recorded
+    for folder, state in ((run, "running"), (other, "finished")):
+        (folder / "status.json").write_text(json.dumps({"state": state, "step": 0}))
+    lock.acquire()
+    assert goes_on([run, other])
+    assert not goes_on([other])
+    lock.release()
+    assert not goes_on([run, other])
 
 
 def running(run, host):
