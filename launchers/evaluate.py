@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from vmd_scale.checkpoints import TrainedModel, load_trained
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained
 from vmd_scale.config import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -161,7 +161,9 @@ def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Pa
 def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
     """Bounds on one split, printed and returned as plain values."""
     check_reader(reader, trained)
-    results: list[Result] = evaluate(trained.model, reader, request, trained.weights, trained.step, ranks)
+    of = checkpoint_id(trained.checkpoint)
+    found: list[Result] = evaluate(trained.model, reader, request, trained.weights, trained.step, ranks)
+    results = [replace(result, checkpoint=of) for result in found]
     say(f"\nprotocol {request.protocol}: {get_protocol(request.protocol).description}")
     say(table(results))
     wanted = request.until_error

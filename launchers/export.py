@@ -15,9 +15,9 @@ from pathlib import Path
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.errors import reports_user_errors
 from vmd_scale.export.card import results_of
-from vmd_scale.export.folder import DTYPES, export
+from vmd_scale.export.folder import DTYPES, check_request, export
 from vmd_scale.export.hub import push
-from vmd_scale.files import write_json
+from vmd_scale.files import check_writable, write_json
 
 
 @reports_user_errors
@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was exported and from where")
     args = parser.parse_args()
 
+    check_request(args.output, args.max_shard_size)
+    check_writable(args.json, "--json")
     trained = load_trained(args.checkpoint, args.weights)
     results = results_of(trained, args.evaluation)
     folder = export(trained, args.output, results, args.encoder, args.dtype, args.max_shard_size)

@@ -5,7 +5,8 @@
     python launchers/finetune.py --from exported/owt --corpus text --source papers.txt --output runs/papers
     python launchers/finetune.py --from runs/mdm --corpus text --source owt.txt --output runs/vmd \\
         --train-only latent --set latent.width=64                            gives a plain model a latent
-    python launchers/finetune.py --from mdlm.ckpt --config configs/mdlm_owt.json --corpus text ...
+    python launchers/finetune.py --from mdlm.safetensors --config configs/openwebtext_mdlm_weights.json \\
+        --corpus text --source papers.txt --output runs/from_mdlm
 
 --from takes a run, a checkpoint, an exported folder or, with --config, a state dict (our names or MDLM's). The network
 is that of the weights. A file of JSON lines holds {"prompt": ..., "response": ...} for corpus prompts and {"prompt":
@@ -28,7 +29,8 @@ from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json
 from vmd_scale.finetuning import LABELS, finetuning_config
-from vmd_scale.training.launch import rank_from_environment
+from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.launch import rank_from_environment, world_size_from_environment
 
 
 @reports_user_errors
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
 
+    from vmd_scale.evaluation.classification import label_tokens
     from vmd_scale.training.start import start
 
     config = finetuning_config(
@@ -58,9 +61,13 @@ def main() -> None:
         args.lora,
         load_config(args.config) if args.config else None,
         tuple(args.set),
+        world_size_from_environment(),
     )
+    has_labels = config.data.corpus == LABELS
+    if has_labels:
+        label_tokens(config, load_tokenizer(config.data.tokenizer))  # labels that nothing can tell apart end here
     code = start(config, args.output)
-    if code == 0 and config.data.corpus == LABELS and rank_from_environment() == 0:
+    if code == 0 and has_labels and rank_from_environment() == 0:
         print(accuracies(args.output, "ema" if config.training.ema_decay else "raw"))
     sys.exit(code)
 

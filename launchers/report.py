@@ -2,7 +2,7 @@
 
     python launchers/report.py runs/text8                          writes runs/text8/report.html
     python launchers/report.py runs/text8 runs/text8_mdm           side by side: the bound beside the MDM baseline
-    python launchers/report.py runs/text8 --watch 60               again every minute until the run ends
+    python launchers/report.py runs/text8 --watch 60               again every minute until the run ends or dies
     python launchers/report.py runs/text8 --output page.html --png pictures
 
 Works while the run goes on. Final bounds and samples are shown where the run folder holds them:
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.report import write_report
-from vmd_scale.training.status import read_status
+from vmd_scale.training.status import has_died, read_status
 
 
 @reports_user_errors
@@ -38,7 +38,8 @@ def main() -> None:
 
 
 def goes_on(runs: list[Path]) -> bool:
-    return any(status is not None and status.state == "running" for status in map(read_status, runs))
+    found = [(run, read_status(run)) for run in runs]
+    return any(status and status.state == "running" and not has_died(run, status) for run, status in found)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """From a configuration to the objects of a run: the one place where config keys meet constructors."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +79,14 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
     if diffusion.objective == "iw":
         return ImportanceWeightedObjective(**arguments, importance_samples=diffusion.importance_samples)
     return Objective(**arguments, free_bits=diffusion.free_bits)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What makes a run's model and objective from its configuration and the number of symbols; others may be given."""
+
+    model: Callable[[Config, int], VMD] = build_model
+    objective: Callable[[Config, int], Objective] = build_objective
 
 
 def masks_of(batch: Batch, manifest: Manifest) -> tuple[Tensor, Tensor | None]:

@@ -52,6 +52,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def checkpoint_id(checkpoint: Path) -> str:
+    """16 hexadecimal digits that tell a checkpoint from any other, wherever it lies: it has the hashes of its files."""
+    return sha256_of(checkpoint / MANIFEST)[:16]
+
+
 def damage(path: Path, wanted: dict[str, Any]) -> str | None:
     """How a file differs from what its manifest says, or None."""
     return missing_or_torn(path, wanted) or altered(path, wanted)

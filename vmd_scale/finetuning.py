@@ -7,16 +7,24 @@ from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint
 from vmd_scale.config import Config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
+from vmd_scale.initial_weights import WITHOUT_ENCODER
 from vmd_scale.tokenization import load_tokenizer
 
 LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
 TEXT8 = ("text8", "text8_mdlm")  # tokenizers of nothing but the letters that text8, which comes so, has
 KEPT_DATA = ("row_length", "documents_per_row", "cache", "cache_gib", "workers")
+KEPT_TRAINING = ("seed", "precision", "activation_checkpointing", "compile", "hang_timeout")
+DERIVED = (  # keys of the deepspeed section that follow from the batch, which is another one
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+MICRO_BATCH = 8  # at most, where the weights were not trained with less
 TRAINING = {
     "steps": 500,
     "global_batch": 32,
-    "micro_batch": 8,
     "lr_schedule": "cosine",
     "warmup_steps": 20,
     "ema_decay": 0.99,
@@ -35,6 +43,7 @@ def finetuning_config(
     lora_rank: int | None = None,
     base: Config | None = None,
     overrides: tuple[str, ...] = (),
+    ranks: int = 1,
 ) -> Config:
     """What `start` needs to fine-tune.
 
@@ -45,12 +54,14 @@ def finetuning_config(
         lora_rank: becomes training.lora.rank.
         base: the network of weights that do not tell their own, MDLM's for example.
         overrides: ``a.b=value``, applied last.
+        ranks: the micro-batch is made to fit their number.
 
     Raises:
-        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; labels for a
-            network that draws block by block.
+        UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; a latent whose
+            encoder was not exported; labels for a network that draws block by block.
     """
     values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
+    has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     if corpus == LABELS and not values["latent"]["width"]:
@@ -68,11 +79,12 @@ def finetuning_config(
         "shards": str(output / "shards"),
     }
     partial = bool(trainable) or lora_rank is not None
+    old_training = values["training"]
     values["training"] = {
         **TRAINING,
+        **{key: old_training[key] for key in KEPT_TRAINING},
+        "micro_batch": 1,
         "learning_rate": PARTIAL_LEARNING_RATE if partial else FULL_LEARNING_RATE,
-        "seed": values["training"]["seed"],
-        "precision": values["training"]["precision"],
         "init_from": weights,
         "trainable": list(trainable),
         "lora": None if lora_rank is None else {"rank": lora_rank},
@@ -80,13 +92,25 @@ def finetuning_config(
     values["model"]["attention"] = "auto"
     values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
     values["telemetry"]["log_every"] = 10
-    config = parse_config(values, origin=f"fine-tuning {weights}", overrides=overrides)
+    values["deepspeed"] = {key: value for key, value in values["deepspeed"].items() if key not in DERIVED}
+    origin = f"fine-tuning {weights}"
+    global_batch = parse_config(values, origin, overrides).training.global_batch
+    most = min(old_training["micro_batch"], MICRO_BATCH)
+    values["training"]["micro_batch"] = _fitting(most, global_batch, ranks)
+    config = parse_config(values, origin, overrides)
+    if has_lost_encoder and config.latent.width:
+        raise UserError(f"--from {weights}: {WITHOUT_ENCODER}")
     if corpus == LABELS and config.groups > 1:
         raise UserError(
             f"--corpus labels: needs diffusion.block_size=null, found {config.diffusion.block_size}; labels are scored "
             "under the sampler that draws the whole row in one step"
         )
     return config
+
+
+def _fitting(most: int, global_batch: int, ranks: int) -> int:
+    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; 1 where none does."""
+    return next((size for size in range(most, 1, -1) if global_batch % (size * ranks) == 0), 1)
 
 
 def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
@@ -102,6 +126,12 @@ def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
     if not path.exists():
         raise UserError(f"--from {weights}: no such file or folder")
     raise UserError(f"--from {weights}: does not tell its network; give it with --config FILE")
+
+
+def _without_encoder(weights: str) -> bool:
+    """Whether this is an exported folder that says so."""
+    path = Path(weights) / "config.json"
+    return path.is_file() and read_json(path, dict[str, Any]).get("has_encoder") is False
 
 
 def _parsed(values: dict[str, Any], weights: str) -> dict[str, Any]:

@@ -4,15 +4,15 @@ exported folder     what launchers/export.py wrote
 run or checkpoint   its averaged weights, or the raw ones where there is no average; adapters are merged
 a file              .safetensors, or .pt, .pth, .bin, .ckpt without code in it: our names, or MDLM's (mdlm_weights.py)
 
-What the new model has and the old one has not must be a latent part, time conditioning or an adapter: it starts fresh,
-and a model that gets it computes at first what it did before. What only the old one has must be a whole such part. The
-row may become shorter.
+What the new model has and the old one has not must be a whole latent part, time conditioning or an adapter: it starts
+fresh, and a model that gets it computes at first what it did before. A model that listens to z already comes with the
+encoder that z means something to. What only the old one has must be a whole such part. The row may become shorter.
 """
 
 import json
 import logging
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,26 @@ from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
 from vmd_scale.model import VMD
 
 OPTIONAL = (*LATENT_PARTS, "denoiser.time_to_condition.*")
-FRESH = (*OPTIONAL, "*.lora_a", "*.lora_b")
+ADAPTERS = ("*.lora_a", "*.lora_b")
+INJECTION = ("denoiser.latent_to_condition.*", "denoiser.latent_to_embedding.*")
+MODULATION = "denoiser.blocks.*.modulation.*"  # of which time conditioning, and MDLM's constant, have a part too
 POSITION = "position.weight"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WITHOUT_ENCODER = (
+    "holds a model that listens to z, without its encoder, and a fresh one would make z noise; export it again with "
+    "--encoder, or go on without a latent (latent.width=0)"
+)
 log = logging.getLogger(__name__)
 
 
-def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> None:
+def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> dict[str, Tensor]:
     """Fill `model` with the weights of `source`, in place.
 
     Args:
         fingerprint: of the tokenizer; compared where the source knows its own.
+
+    Returns:
+        What it was filled with: fp32 by parameter name, whatever becomes of the model.
 
     Raises:
         UserError: nothing there, another tokenizer, or weights that do not fit.
@@ -52,19 +62,22 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
         )
     own = model.state_dict()
     fresh = [name for name in own if name not in weights]
-    needed = [name for name in fresh if not any(fnmatchcase(name, part) for part in FRESH)]
+    halves = [part for part in OPTIONAL if part != MODULATION and _has(weights, part)]
+    whole = [name for name in fresh if not _is_of(name, ADAPTERS)]
+    needed = [name for name in whole if not _is_of(name, OPTIONAL) or _is_of(name, halves)]
+    if model.encoder is not None and not _has(weights, "encoder.*") and any(_has(weights, part) for part in INJECTION):
+        raise UserError(f"training.init_from {source}: {WITHOUT_ENCODER}")
     if needed:
         raise UserError(
             f"training.init_from {source}: has no {', '.join(needed[:4])}{' ...' if len(needed) > 4 else ''}; "
-            "is the [model] section that of the old model?"
+            "are the [model] and [latent] sections those of the old model?"
         )
     left = [name for name in weights if name not in own]
-    absent = [part for part in OPTIONAL if not any(fnmatchcase(name, part) for name in own)]
-    unused = [name for name in left if not any(fnmatchcase(name, part) for part in absent)]
+    unused = [name for name in left if not _is_of(name, [part for part in OPTIONAL if not _has(own, part)])]
     if unused:
         raise UserError(
             f"training.init_from {source}: this model has no place for {unused[0]} ({len(unused)} such tensors); "
-            "is the [model] section that of the old model?"
+            "are the [model] and [latent] sections those of the old model?"
         )
     filled = {}
     for name, value in weights.items():
@@ -88,6 +101,7 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
         f"; fresh: {_shown(fresh)}" if fresh else "",
         f"; left out: {_shown(left)}" if left else "",
     )
+    return filled
 
 
 def _silence(model: VMD, fresh: Collection[str]) -> None:
@@ -138,10 +152,30 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
+    """All that a folder's index names, or without an index all files of weights."""
+    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if index is not None:
+        placed = _weight_map(index)
+        weights = {
+            name: value for file in sorted(set(placed.values())) for name, value in _of_file(folder / file).items()
+        }
+        lost = [name for name in placed if name not in weights]
+        if lost:
+            raise UserError(f"training.init_from {index}: names {lost[0]}, which is not in {placed[lost[0]]}")
+        return weights
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"training.init_from {folder}: no checkpoint, no *.safetensors and no pytorch_model*.bin in it")
     return {name: value for file in files for name, value in _of_file(file).items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """In which file each tensor is."""
+    found = _json(index)
+    placed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+        raise UserError(f"training.init_from {index}: expected a weight_map, names of tensors and of files")
+    return placed
 
 
 def _of_file(path: Path) -> dict[str, Tensor]:
@@ -154,7 +188,10 @@ def _of_file(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"training.init_from {path}: not readable as weights alone ({reason}); save its state dict as .safetensors"
         ) from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if isinstance(found, dict) and "state_dict" in found:
+        if "ema" in found:
+            log.warning("%s holds an average too, which is not read: these are the weights without it", path)
+        found = found["state_dict"]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"training.init_from {path}: expected a state dict, names and tensors")
     return found
@@ -165,6 +202,14 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"training.init_from: {path}: not a readable JSON file: {error}") from None
+
+
+def _is_of(name: str, parts: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, part) for part in parts)
+
+
+def _has(weights: Iterable[str], part: str) -> bool:
+    return any(fnmatchcase(name, part) for name in weights)
 
 
 def _shown(names: list[str]) -> str:

@@ -7,7 +7,7 @@ import torch
 from ranks import run_in_processes
 from safetensors import safe_open
 
-from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
+from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights, whole_checkpoints
 from vmd_scale.config import load_config
 
 STAGES = (0, 1, 2, 3)
@@ -29,6 +29,12 @@ def settings(stage: int, source: Path, steps: int = 4) -> list[str]:
     ]
 
 
+def in_bf16(stage: int, source: Path, steps: int) -> list[str]:
+    """A learning rate that moves no fp32 weight: what is different from the source afterwards was rounded."""
+    tiny = ["training.global_batch=2", "training.micro_batch=1", "training.learning_rate=1e-30"]
+    return [*settings(stage, source, steps), "training.checkpoint_every=1", "training.precision=bf16", *tiny]
+
+
 def tune(config_path, folder, source):
     """On each rank: from the same weights in every stage; and in stage 3 for two steps, the other two in stage 1."""
     from vmd_scale.tokenization import load_tokenizer
@@ -39,6 +45,8 @@ def tune(config_path, folder, source):
     runs = [(f"stage{stage}", settings(stage, source)) for stage in STAGES]
     # the second part must not need what init_from names
     runs += [("moved", settings(3, source, steps=2)), ("moved", settings(1, Path("gone")))]
+    runs += [(f"bf16-stage{stage}", in_bf16(stage, source, 1)) for stage in STAGES[1:]]
+    runs += [("bf16-stage2", in_bf16(3, Path("gone"), 2))]  # goes on in another stage
     for name, wanted in runs:
         config = load_config(config_path, wanted)
         assert pretrain(config, folder / name, world, load_tokenizer(config.data.tokenizer)) == 0
@@ -82,6 +90,17 @@ def test_a_checkpoint_holds_what_was_frozen_bit_for_bit_and_once(runs, run):
                     name = key.split("/")[1]
                     elements[name] = elements.get(name, 0) + file.get_slice(key).get_shape()[0]
     assert elements == {name: value.numel() for name, value in source.items() if name not in changed}
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema"])
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_in_bf16_nothing_of_the_weights_that_a_run_starts_from_is_rounded(runs, stage, kind):
+    """Neither masters nor their average nor what is frozen, also after a resume; though the forward pass is in bf16."""
+    source = load_weights(find_checkpoint(runs / "source"), "ema")
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in source.values())
+    for checkpoint in whole_checkpoints(runs / f"bf16-stage{stage}" / "checkpoints"):
+        tuned = load_weights(checkpoint, kind)
+        assert [name for name, value in source.items() if not torch.equal(tuned[name], value)] == []
 
 
 @torch.no_grad()

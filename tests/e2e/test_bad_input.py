@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def launchers():
     """The launchers' `main` by name; they are scripts, not a package."""
     mains = {}
-    for name in ("pretrain", "prepare_data", "evaluate", "sample", "export"):
+    for name in ("pretrain", "prepare_data", "evaluate", "sample", "export", "finetune", "report"):
         spec = importlib.util.spec_from_file_location(f"launcher_{name}", ROOT / "launchers" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -297,3 +297,61 @@ def test_evaluation_sampling_and_export(refused, desk):
     assert "--count 0, --micro-batch 16: both must be at least 1" in refused(
         "sample", "--checkpoint", empty, "--count", 0
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "a-file"], "--output .*a-file/config.json: .*a-file is no folder"),
+        (["--output", "a-file/inside"], "--output .*a-file/inside/config.json: .*a-file is no folder"),
+        (["--output", "shards"], "--output shards: exists and is not an exported model"),
+        (["--max-shard-size", "abc"], "--max-shard-size 'abc': expected a size such as 500MB or 5GB"),
+        (["--max-shard-size", "0GB"], "--max-shard-size '0GB': expected a size"),
+        (["--max-shard-size", "1.2.3GB"], "--max-shard-size '1.2.3GB': expected a size"),
+        (["--max-shard-size", "5"], "--max-shard-size '5': expected a size"),
+        (["--json", "shards"], "--json .*shards: is a folder, a file is wanted"),
+    ],
+)
+def test_export_refuses_before_it_loads_a_model(refused, desk, options, message):
+    (desk.folder / "a-file").touch()
+    line = refused("export", "--checkpoint", "nothing", *([] if "--output" in options else ["--output", "o"]), *options)
+    assert re.search(message, line), line
+
+
+def fine_tuned(desk, *more, corpus="text", source="new.txt", output="tuned", weights="weights.safetensors"):
+    (desk.folder / weights).touch()
+    wanted = ["--from", weights, "--corpus", corpus, "--output", output]
+    return [*wanted, "--config", desk.config, "--source", source, *more]
+
+
+def test_fine_tuning(refused, desk):
+    line = refused("finetune", "--from", "nowhere", "--corpus", "text", "--output", "tuned")
+    assert "--from nowhere: no such file or folder" in line
+    (desk.folder / "a-file").touch()
+    arguments = fine_tuned(desk, output="a-file")
+    assert "a-file is no folder" in refused("finetune", *arguments)
+    line = refused("finetune", *fine_tuned(desk, "--set", "training.stepz=3"))
+    assert "unknown key 'training.stepz'; did you mean" in line
+    line = refused("finetune", *fine_tuned(desk, source="train=a.jsonl,tests=b.jsonl"))
+    assert "expected train=FILE,validation=FILE,test=FILE, found 'tests'" in line
+    news = desk.folder / "news.jsonl"
+    news.write_text("".join(json.dumps({"prompt": "a", "label": label}) + "\n" for label in ("+1", "-1") * 20))
+    line = refused("finetune", *fine_tuned(desk, corpus="labels", source=str(news)))
+    assert "labels '+1' and '-1' are the same tokens by data.tokenizer 'text8' and data.normalizer 'text8'" in line
+
+
+def test_report(refused, desk):
+    (desk.folder / "run").mkdir()
+    shutil.copy(desk.config, desk.folder / "run" / "config.json")
+    (desk.folder / "a-file").touch()
+    assert "nowhere: not a run folder, there is no such folder" in refused("report", "nowhere")
+    assert "--watch 0: must be at least 1" in refused("report", "run", "--watch", 0)
+    assert f"--output {desk.shards}: is a folder" in refused("report", "run", "--output", "shards")
+    assert "a-file is no folder" in refused("report", "run", "--output", "a-file/page.html")
+    assert "a-file is no folder" in refused("report", "run", "--png", "a-file")
+
+
+def test_the_run_folder_is_a_folder(refused, desk):
+    (desk.folder / "a-file").touch()
+    line = refused("pretrain", *pretrain(desk), "--output", "a-file")
+    assert re.search("--output .*/a-file/config.json: .*/a-file is no folder", line), line

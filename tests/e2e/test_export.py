@@ -174,6 +174,17 @@ def run_apart(code, folder, *options, packages=""):
     return torch.load(folder / "outputs.pt")
 
 
+def loaded_alone(folder, **options):
+    """By the folder's own code, in this process."""
+    sys.path.insert(0, str(folder))
+    try:
+        sys.modules.pop("modeling_vmd", None)
+        import modeling_vmd
+    finally:
+        sys.path.pop(0)
+    return modeling_vmd.load(folder, **options)
+
+
 def bounds_here(exported):
     """By this project's own code."""
     trained, clean = exported["trained"], exported["clean"]
@@ -261,6 +272,24 @@ def test_the_model_card_shows_what_was_measured_of_these_weights_and_nothing_els
     assert (folder / "out" / "README.md").read_text() == card
 
 
+@pytest.mark.parametrize("exported", ["vmd"], indirect=True)
+@torch.no_grad()
+def test_raw_weights_are_those_that_were_trained_last(exported, lab):
+    """`--weights raw`: not the average, and the same logits."""
+    folder, trained = exported["folder"], load_trained(exported["folder"] / "run", "raw")
+    finished = lab.launch(
+        "export", "--checkpoint", folder / "run", "--output", folder / "raw", "--encoder", "--weights", "raw"
+    )
+    assert finished.code == 0, finished.text
+    kept = load_file(folder / "raw" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in trained.model.state_dict().items())
+    assert json.loads((folder / "raw" / "config.json").read_text())["vmd_scale"]["weights"] == "raw"
+    model = loaded_alone(folder / "raw")
+    wanted = trained.model.logits(exported["noisy"], exported["z"])
+    torch.testing.assert_close(model.logits(exported["noisy"], exported["z"]), wanted, rtol=0, atol=1e-6)
+    assert (wanted - exported["logits"]).abs().max() > 1e-4  # of the average
+
+
 def test_without_the_encoder_it_samples_and_says_why_it_has_no_bounds(exported):
     """bf16 and no encoder: the smallest folder. The prior of a conditional latent stays, sampling needs it."""
     trained, folder = exported["trained"], exported["folder"]
@@ -268,13 +297,8 @@ def test_without_the_encoder_it_samples_and_says_why_it_has_no_bounds(exported):
     kept = load_file(folder / "small" / "model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.bfloat16}
     assert set(kept) == {name for name in trained.model.state_dict() if not name.startswith("encoder.")}
-    sys.path.insert(0, str(folder / "small"))
-    try:
-        sys.modules.pop("modeling_vmd", None)
-        import modeling_vmd
-    finally:
-        sys.path.pop(0)
-    model = modeling_vmd.load(folder / "small", dtype=torch.float32)
+    model = loaded_alone(folder / "small", dtype=torch.float32)
+    modeling_vmd = sys.modules["modeling_vmd"]
     assert modeling_vmd.generate(model, count=2, steps=2).shape == (2, 32)
     card = (folder / "small" / "README.md").read_text()
     if trained.config.latent.width:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vmd_scale.checkpoints import find_checkpoint, load_weights
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "extending.md"
 POEM = "an old silent pond\na frog jumps into the pond\nsplash silence again {}\n\n"
@@ -43,5 +45,11 @@ def test_every_example_runs(lab, folder):
     assert "nats a row, at most; samples (2, 16)" in said["convolutions.py"]
     assert "nats for 64 tokens" in said["unweighted.py"]
     assert "haiku" in said["python launchers/prepare_data.py inspect haiku-shards"]
-    for name in ("haiku-run", "haiku-bpe-run"):
+    runs = ("haiku-run", "haiku-bpe-run", "haiku-convolutions", "haiku-unweighted")
+    for name in runs:
         assert (folder / name / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    losses = {lab.losses(folder / name)[-1] for name in runs}
+    assert len(losses) == len(runs)  # what is new was trained, not what there was
+    weights = load_weights(find_checkpoint(folder / "haiku-convolutions"), "ema")
+    assert "denoiser.blocks.2.mix.weight" in weights
+    assert "bits/token" in said["python launchers/evaluate.py --checkpoint haiku-unweighted --steps 4"]

@@ -1,5 +1,6 @@
 """The documentation names nothing that is not there: no dead link, no file, key or test that does not exist."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,15 @@ from vmd_scale.config_reference import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+PROGRAMS = sorted(path for folder in ("launchers", "benchmarks", "tokenizer") for path in (ROOT / folder).rglob("*.py"))
+
+
+def said_in(page: Path) -> str:
+    """A page, or how a program says that it is called."""
+    text = page.read_text()
+    return text if page.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""
 
 
 def names_in(path: Path) -> set[str]:
@@ -22,11 +32,11 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *PROGRAMS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
     """In backquotes or in a command: what begins with one of our folders and has an ending."""
     folders = "vmd_scale|launchers|configs|tokenizer|tests|benchmarks"
-    for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w\.(?:py|json|md|sh|sbatch))\b", page.read_text()):
+    for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w\.(?:py|json|md|sh|sbatch))\b", said_in(page)):
         assert (ROOT / name).exists(), name
 
 

@@ -137,6 +137,12 @@ def test_an_mdlm_state_dict_computes_the_same_here(published, tmp_path, changes,
     torch.testing.assert_close(model.logits(noisy, z, None, torch.rand(4, 1)), wanted, rtol=0, atol=1e-5)
 
 
+def test_of_a_file_with_an_average_it_is_said_which_weights_are_read(tmp_path, caplog):
+    torch.save({"state_dict": model_of().state_dict(), "ema": {"decay": 0.9999}}, tmp_path / "lightning.ckpt")
+    initialize_from(model_of(seed=1), str(tmp_path / "lightning.ckpt"))
+    assert "lightning.ckpt holds an average too, which is not read" in caplog.text
+
+
 def test_an_mdlm_state_dict_needs_an_architecture_that_can_hold_it(published, tmp_path):
     path = saved(tmp_path, published)
     with pytest.raises(UserError, match=r"model\.biases=true"):
@@ -188,6 +194,73 @@ def test_time_conditioning_is_silent_at_first_beside_trained_modulations(tmp_pat
 def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path, old, new, first):
     with pytest.raises(UserError, match=f"this model has no place for {first}"):
         initialize_from(model_of(**new), saved(tmp_path, model_of(**old)))
+
+
+def without_encoder(model):
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("injection", ["adaln", "add"])
+def test_a_model_that_listens_to_z_needs_the_encoder_that_z_is_from(tmp_path, injection):
+    """Beside a trained denoiser, a fresh encoder's z is noise."""
+    old = model_of(latent_width=3, injection=injection)
+    path = saved(tmp_path, without_encoder(old))
+    with pytest.raises(UserError, match=r"without its encoder.*export it again with --encoder"):
+        initialize_from(model_of(seed=1, latent_width=3, injection=injection), path)
+    initialize_from(model_of(seed=1), path)  # without a latent it is not missed
+    initialize_from(model_of(seed=1, latent_width=3, injection=injection), saved(tmp_path, old))
+
+
+def test_adapters_start_fresh_in_every_part(tmp_path):
+    adapted, path = model_of(seed=1, latent_width=3), saved(tmp_path, old := model_of(latent_width=3))
+    add_adapters(adapted, LORA)
+    filled = initialize_from(adapted, path)
+    assert any(name.startswith("encoder.") and name.endswith("lora_a") for name in adapted.state_dict())
+    assert set(filled) == set(old.state_dict())
+
+
+@pytest.mark.parametrize("lost", ["encoder.out.bias", "denoiser.latent_to_condition.2.weight"])
+def test_a_part_of_which_something_is_lost_does_not_start_fresh(tmp_path, lost):
+    weights = model_of(latent_width=3).state_dict()
+    del weights[lost]
+    with pytest.raises(UserError, match=f"has no {lost}"):
+        initialize_from(model_of(seed=1, latent_width=3), saved(tmp_path, weights))
+
+
+def in_files(folder, model, suffix):
+    """A folder of as many files as parts, and their index."""
+    folder.mkdir()
+    weights = model.state_dict()
+    placed = {name: f"{'encoder' if name.startswith('encoder.') else 'denoiser'}{suffix}" for name in weights}
+    for file in set(placed.values()):
+        part = {name: value for name, value in weights.items() if placed[name] == file}
+        save_file(part, folder / file) if suffix == ".safetensors" else torch.save(part, folder / file)
+    index = "model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json"
+    (folder / index).write_text(json.dumps({"weight_map": placed}))
+    return folder / index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_folder_in_several_files_is_read_by_its_index(tmp_path, suffix):
+    old, new = model_of(latent_width=3), model_of(seed=1, latent_width=3)
+    index = in_files(tmp_path / "folder", old, suffix)
+    save_file({"denoiser.head.weight": torch.zeros(2, 2)}, index.with_name("other.safetensors"))  # not in the index
+    initialize_from(new, str(index.parent))
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in new.state_dict().items())
+    (index.parent / f"encoder{suffix}").rename(index.with_name("moved"))
+    with pytest.raises(UserError, match=rf"encoder\{suffix}: not readable"):
+        initialize_from(new, str(index.parent))
+    with pytest.raises(UserError, match=rf"encoder\{suffix}: not readable"):  # not wanted, but part of a broken folder
+        initialize_from(model_of(), str(index.parent))
+    values = json.loads(index.read_text())
+    values["weight_map"] |= dict.fromkeys(values["weight_map"], f"denoiser{suffix}")
+    index.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"names encoder\..*, which is not in denoiser"):
+        initialize_from(new, str(index.parent))
+    for wrong in ({}, {"weight_map": ["a"]}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="expected a weight_map"):
+            initialize_from(new, str(index.parent))
 
 
 def test_latent_parts_and_time_conditioning_may_be_left_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,23 @@ def test_a_label_is_filled_up_to_the_longest(tmp_path):
     names, tokens = label_tokens(config, load_tokenizer("text8"))
     assert [load_tokenizer("text8").decode(row) for row in tokens] == [" x ", " yy"]
     assert names == (" x", " yy")
+
+
+@pytest.mark.parametrize(
+    ("labels", "data"),
+    [
+        (("+1", "-1"), {"normalizer": "text8"}),  # "one", both: signs are nothing to text8
+        (("World", "world"), {"normalizer": "text8"}),
+        (("x", "x ", "yy"), {}),  # a shorter label is filled up, with spaces here
+    ],
+)
+def test_labels_that_are_the_same_tokens_are_refused(tmp_path, labels, data):
+    """Else the first of them would be the truth of both, and an accuracy would mean nothing."""
+    config = config_of(tmp_path, "labels", [{"prompt": "a", "label": lab} for lab in labels] * 20, **data)
+    first, second = sorted(labels)[:2]
+    message = f"labels {first!r} and {second!r} are the same tokens by data.tokenizer 'text8' and data.normalizer"
+    with pytest.raises(UserError, match=re.escape(message)):
+        label_tokens(config, load_tokenizer("text8"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch
 
 from vmd_scale.build import build_architecture
 from vmd_scale.config import load_config
+from vmd_scale.data.corpora import normalizer_name
+from vmd_scale.evaluation.protocols import PROTOCOLS
 from vmd_scale.model import VMD
 from vmd_scale.planning.memory import memory_of
 from vmd_scale.training.engine import accumulation_steps, check_deepspeed_keys, deepspeed_config
@@ -65,8 +67,52 @@ def test_baselines_differ_from_each_other_in_the_method_alone(data):
     assert ours.diffusion.objective == "vmd"
 
 
+def test_runs_on_text_show_what_they_write():
+    """At every evaluation, as many rows as a table of samples holds; of pixels there is nothing to read."""
+    for name in ("text8", "lm1b_bd3", "openwebtext", "ladder/8b", "quickstart"):
+        evaluation = load_config(CONFIGS / f"{name}.json").evaluation
+        assert (evaluation.samples, evaluation.every is not None) == (4, True)
+    assert load_config(CONFIGS / "cifar10.json").evaluation.samples == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [
+        ("text8", "text8"),
+        ("lm1b", "lm1b_packed"),
+        ("lm1b_unpacked", "lm1b_unpacked"),
+        ("openwebtext", "owt_mdlm"),
+    ],
+)
+@pytest.mark.parametrize("method", ["", "_mdm", "_vadd"])
+def test_published_settings(name, protocol, method):
+    """ "Small", as MDLM and those after it train it; and rows that the protocol of the published figure takes."""
+    config = load_config(CONFIGS / f"{name}{method}.json")
+    model, training, data = config.model, config.training, config.data
+    assert (model.layers, model.width, model.heads, model.dropout) == (12, 768, 12, 0.1)
+    assert architecture_of(config).condition_width == 128
+    assert (training.learning_rate, training.betas, training.weight_decay) == (3e-4, (0.9, 0.999), 0.0)
+    assert (training.lr_schedule, training.warmup_steps, training.gradient_clip) == ("constant", 2500, 1.0)
+    assert (training.global_batch, training.steps, training.ema_decay) == (512, 1_000_000, 0.9999)
+    assert training.precision == "auto"  # bf16 on GPUs, with the head's logits in fp32
+    assert data.row_length == {"text8": 256, "openwebtext": 1024}.get(name, 128)
+    if config.latent.width:
+        weight = config.diffusion.kl_weight
+        assert (config.latent.width, weight.start, weight.end, weight.warmup_steps) == (512, 0.0, 1.0, 100_000)
+    found = {**data.model_dump(), "normalizer": normalizer_name(data), "vocab_size": VOCABULARIES[data.tokenizer]}
+    wanted = PROTOCOLS[protocol].requires
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_methods_on_sentences_differ_in_the_method_alone():
+    ours, mdm, vadd = (load_config(CONFIGS / f"lm1b_unpacked{method}.json") for method in ("", "_mdm", "_vadd"))
+    for other in (mdm, vadd):
+        assert (other.data, other.model, other.training) == (ours.data, ours.model, ours.training)
+    assert (mdm.latent.width, mdm.diffusion.objective, mdm.diffusion.steps) == (0, "nelbo", ("inf",))
+
+
 def test_variational_baselines():
-    for data in ("text8", "lm1b"):
+    for data in ("text8", "lm1b", "lm1b_unpacked", "openwebtext"):
         vadd = load_config(CONFIGS / f"{data}_vadd.json")  # one latent of 512 a row, an encoder like the denoiser
         assert (vadd.latent.width, vadd.latent.scope, vadd.diffusion.objective) == (512, "row", "vmd")
         assert (vadd.encoder_layers, vadd.encoder_width) == (vadd.model.layers, vadd.model.width)

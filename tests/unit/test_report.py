@@ -1,20 +1,29 @@
 """The report page: whole, self-contained, escaped, and made from whatever a run folder holds so far."""
 
 import json
+import os
+import runpy
 import shutil
+import socket
+import time
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from example_results import example_result
 
-from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.config import load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.generation import GenerationResult
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import results_of
-from vmd_scale.report import read_run, write_report
+from vmd_scale.report import plot_bound_against_steps, read_run, write_report
+from vmd_scale.report.figures import bound_panel, draw_png
+from vmd_scale.report.run import distinctly_named
+from vmd_scale.training.lock import RunLock
+from vmd_scale.training.status import SILENCE, has_died, read_status
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NASTY = "<script>alert('z')</script> & co"
@@ -28,6 +37,11 @@ def metrics(step):
 def result(steps, **changes):
     values = {"steps": steps, "nats_per_token": 2.0, "bits_per_token": 2.885, "perplexity": 7.389}
     return example_result(**{**values, **changes}).to_dict()
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch):
+    monkeypatch.setattr("vmd_scale.report.figures.DPI", 30)
 
 
 @pytest.fixture
@@ -144,6 +158,29 @@ def test_figures_of_samples_beside_the_bounds_are_passed_over(run, tmp_path):
         results_of(trained, tmp_path / "drawn.json")
 
 
+def test_a_card_shows_results_of_its_own_checkpoint_alone(tmp_path):
+    """Two runs of a million steps each: the step and the kind of weights tell nothing."""
+    trained = []
+    for name in ("mdm", "vmd"):
+        checkpoint = tmp_path / name / "checkpoints" / "step-20"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text(json.dumps({"step": 20, "files": {"weights": {"sha256": name}}}))
+        trained.append(TrainedModel(None, None, None, 20, "ema", checkpoint))
+    mdm, vmd = trained
+    mine = [Result(**result(steps, checkpoint=checkpoint_id(vmd.checkpoint))) for steps in (4, "inf")]
+    (tmp_path / "results.json").write_text(json.dumps([r.to_dict() for r in mine]))
+    assert results_of(vmd, tmp_path / "results.json") == mine
+    with pytest.raises(UserError, match=r"results\.json holds results of another checkpoint of the same step"):
+        results_of(mdm, tmp_path / "results.json")
+    (tmp_path / "older.json").write_text(json.dumps([result(4)]))
+    with pytest.raises(UserError, match="a checkpoint that it does not name"):
+        results_of(vmd, tmp_path / "older.json")
+    for run in ("mdm", "vmd"):  # a copy of the other's results in a run folder is passed over
+        shutil.copy(tmp_path / "results.json", tmp_path / run / "evaluation.json")
+    (tmp_path / "vmd" / "evaluations.jsonl").write_text(json.dumps(result(8)) + "\n")  # of training itself
+    assert (results_of(mdm, None), results_of(vmd, None)) == ([], [Result(**result(8)), *mine])
+
+
 def add_events(run):
     events = [
         {"event": "resumed", "step": 10, "time": 1.79e9, "world_size": 2},
@@ -165,6 +202,71 @@ def test_events_status_and_stalls_are_told(run):
     assert "failed: no <finite> gradient" in page.text
     assert "less than half of that at 1 of 9 logged steps: 40." in page.text
     assert "b" not in page.tags
+
+
+def test_a_run_that_failed_before_it_logged_anything_says_why(run):
+    """Ten skipped steps are the end of a run, by default, and every fiftieth is logged."""
+    (run / "metrics.jsonl").unlink()
+    (run / "status.json").write_text(json.dumps({"state": "failed", "step": 0, "reason": "10 steps in a <row>"}))
+    page = Page(write_report(run))
+    assert "Nothing is logged yet" in page.text
+    assert "failed: 10 steps in a <row>" in page.text
+    assert "row" not in page.tags
+
+
+@pytest.mark.parametrize(("count", "loss"), [(2, "NaN"), (200, "Infinity"), (2, "null")])
+def test_a_run_that_diverged_from_the_start_has_a_page(run, count, loss):
+    record = {**metrics(0), **dict.fromkeys(("loss", "reconstruction", "kl", "mfu", "data_wait_fraction"), "?")}
+    lines = [json.dumps({**record, "step": step}).replace('"?"', loss) for step in range(1, count + 1)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    page = Page(write_report([run, other]))
+    assert page.pictures.count("Loss") == 2
+    assert "Loss, all runs" in page.pictures
+    assert "last logged loss ? nats" in page.text
+
+
+def test_watching_ends_when_the_last_run_has_ended_or_died(run, tmp_path):
+    """After kill -9 the record says for ever that the run goes on."""
+    goes_on = runpy.run_path(str(CONFIGS.parent / "launchers" / "report.py"))["goes_on"]
+    other, lock = tmp_path / "other", RunLock(run)
+    shutil.copytree(run, other)
+    assert not goes_on([run, other])  # nothing is recorded
+    for folder, state in ((run, "running"), (other, "finished")):
+        (folder / "status.json").write_text(json.dumps({"state": state, "step": 0}))
+    lock.acquire()
+    assert goes_on([run, other])
+    assert not goes_on([other])
+    lock.release()
+    assert not goes_on([run, other])
+
+
+def running(run, host):
+    (run / "status.json").write_text(json.dumps({"state": "running", "step": 0}))
+    (run / ".lock").write_text(f"process 7 on {host}, Slurm job 3\n")
+    return has_died(run, read_status(run)), "processes are gone" in Page(write_report(run)).text
+
+
+def test_a_run_whose_processes_are_gone_is_not_running(run):
+    """After kill -9 nobody writes another record; but the operating system lets go of the lock."""
+    here, long_ago = socket.gethostname(), time.time() - 2 * SILENCE
+    assert running(run, here) == (True, True)
+    lock = RunLock(run)
+    lock.acquire()
+    assert running(run, here) == (False, False)
+    lock.release()
+    # elsewhere the lock of that node may not be seen: then silence tells
+    assert running(run, "elsewhere") == (False, False)
+    for path in (*run.glob("*.jsonl"), run / "status.json"):  # the page itself is new each time
+        os.utime(path, (long_ago, long_ago))
+    assert has_died(run, read_status(run))
+    (run / ".lock").unlink()
+    assert has_died(run, read_status(run))
+    os.utime(run / "metrics.jsonl")
+    assert not has_died(run, read_status(run))
+    (run / "status.json").write_text(json.dumps({"state": "finished", "step": 20}))
+    assert not has_died(run, read_status(run))
 
 
 def test_samples_of_training_stand_in_for_drawn_ones(run):
@@ -198,3 +300,63 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "page.html").read_text()
     assert (tmp_path / "png" / "all_bounds.png").exists()
     assert not (other / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["s/x", "s/y"], ["x", "y"]),
+        (["a/s0/run", "b/s0/run", "c/run"], ["a/s0/run", "b/s0/run", "c/run"]),
+        (["x/a/run", "runs/a/run", "b/other"], ["x/a/run", "runs/a/run", "other"]),
+    ],
+)
+def test_every_run_has_a_name_of_its_own(run, folders, names, tmp_path):
+    """As short as possible, and nothing is lost of any run where folders are called the same."""
+    finish(run)
+    paths = [tmp_path / name for name in folders]
+    for path in paths:
+        shutil.copytree(run, path)
+    assert [found.name for found in distinctly_named([read_run(path) for path in paths], paths)] == names
+
+
+def test_one_run_twice_is_an_error(run):
+    with pytest.raises(UserError, match="the same run twice"):
+        write_report([run, run.parent / "." / "run"])
+
+
+def test_runs_may_be_called_anything(run, tmp_path):
+    """No mathematics is read into dollars, and matplotlib would leave an underscore's curve out of the legend."""
+    finish(run)
+    names = ["$\\frac$", "5_$ and $", "_hidden", "<b>&amp;", "a\\$b", "-" * 200]
+    for name in names:
+        shutil.copytree(run, tmp_path / "runs" / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a glyph that is missing
+        page = Page(write_report([tmp_path / "runs" / name for name in names], tmp_path / "page.html"))
+    assert all(name in page.text for name in names)
+    assert "b" not in page.tags
+
+
+def test_no_table_can_widen_a_narrow_screen(run, tmp_path):
+    """Each scrolls by itself, whatever long word it holds; that of the settings breaks words."""
+    finish(run)
+    add_events(run)
+    shutil.copytree(run, tmp_path / "other")
+    html = write_report([run, tmp_path / "other"]).read_text()
+    assert html.count("<table") == html.count('<div class="scroll"><table') > 6
+    assert ".scroll { overflow-x: auto" in html
+    assert html.count('class="settings"') == 2
+
+
+@pytest.mark.parametrize("names", [("_a", "_b"), ("a", "_b"), ("$x$", "a")])
+def test_the_legend_names_every_curve(names, tmp_path):
+    results = {name: [Result(**result(steps)) for steps in (1, 4)] for name in names}
+    labels = []
+
+    def draw(figure):
+        bound_panel(figure.subplots(), results, "token")
+        labels.extend(text.get_text().lstrip("\u200b") for text in figure.axes[0].get_legend().get_texts())
+
+    draw_png(draw)
+    assert labels == [f"{name} fixed z, ELBO" for name in names]
+    plot_bound_against_steps(tmp_path / "picture.png", results)

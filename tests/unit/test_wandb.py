@@ -7,6 +7,7 @@ import pytest
 
 from vmd_scale.config import load_config
 from vmd_scale.training.telemetry import Telemetry
+from vmd_scale.training.wandb_log import _patience
 
 RECORD = {"step": 1, "loss": 2.0, "kl": 0.0, "tokens_per_second": 1.0, "mfu": 0.1, "grad_norm": None}
 LATENT = {
@@ -20,10 +21,14 @@ LATENT = {
 class Stub:
     """What the log uses of wandb. `broken` names calls that raise, `modes` the modes in which init works."""
 
-    def __init__(self, broken=(), modes=("online", "offline")):
+    def __init__(self, broken=(), modes=("online", "offline"), logged_in=True):
         self.broken, self.modes, self.started, self.logged, self.calls = broken, modes, [], [], 0
-        self.torn_down = True
-        self.finished = None
+        self.torn_down, self.logged_in = True, logged_in
+        self.finished = self.login_timeout = None
+
+    def login(self, timeout, verify):
+        self.login_timeout = timeout
+        return self.logged_in
 
     def init(self, **options):
         self.started.append(options)
@@ -87,10 +92,18 @@ def test_one_run_is_one_curve_across_resumes(tmp_path, config, monkeypatch):
     first, second = stub.started
     assert first["id"] == second["id"]
     assert first["resume"] == "allow"
+    for name in ("init_timeout", "finish_timeout"):  # other ranks wait meanwhile
+        assert 0 < first["settings"][name] <= 120
+    assert 0 < stub.login_timeout <= 60
     assert Telemetry(tmp_path / "other", config, False, 0)._wandb is None  # only rank 0 has one
     (tmp_path / "other").mkdir()
     Telemetry(tmp_path / "other", config, True, 0).close()
     assert stub.started[-1]["id"] != first["id"]
+
+
+def test_an_older_wandb_is_asked_only_for_what_it_knows():
+    older = SimpleNamespace(model_fields={"init_timeout": None})
+    assert set(_patience(older)) == set(older.model_fields)
 
 
 def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypatch):
@@ -110,15 +123,19 @@ def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("stub", "modes"),
+    ("options", "modes", "calls"),
     [
-        (Stub(modes=("offline",)), ["online", "offline"]),
-        (Stub(modes=()), ["online", "offline"]),
-        (Stub(broken=("log", "finish")), ["online"]),
+        ({"modes": ("offline",)}, ["online", "offline"], 8),
+        ({"modes": ()}, ["online", "offline"], 0),
+        ({"logged_in": False}, ["offline"], 8),
+        ({"broken": ("log", "finish")}, ["online"], 3),
     ],
-    ids=["no network", "nothing works", "every call fails"],
+    ids=["no network", "nothing works", "nobody is logged in", "every call fails"],
 )
-def test_whatever_fails_the_run_goes_on_and_keeps_its_own_record(tmp_path, config, monkeypatch, stub, modes, caplog):
+def test_whatever_fails_the_run_goes_on_and_keeps_its_own_record(
+    tmp_path, config, monkeypatch, options, modes, calls, caplog
+):
+    stub = Stub(**options)
     monkeypatch.setitem(sys.modules, "wandb", stub)
     telemetry = Telemetry(tmp_path, config, True, 0)
     for _ in range(5):
@@ -126,8 +143,8 @@ def test_whatever_fails_the_run_goes_on_and_keeps_its_own_record(tmp_path, confi
     use(telemetry)
     assert [options["mode"] for options in stub.started] == modes
     assert lines(tmp_path) == 5 + 3
-    assert stub.calls in (0, 3, 8)  # never, until it was given up, or always
-    assert caplog.records
+    assert stub.calls == calls  # always, never, or until it was given up
+    assert [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_without_the_package_it_is_one_warning(tmp_path, config, monkeypatch, caplog):

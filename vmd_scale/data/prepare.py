@@ -7,6 +7,7 @@ finished; the next one keeps those and starts the others again. The files do not
 import fcntl
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,7 +194,10 @@ def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder:
     rows_per_shard = max(1, config.shard_tokens // config.row_length)
     writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), config.row_length, rows_per_shard)
     rows, started = 0, time.perf_counter()
-    with tqdm(desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 60.0  # a file keeps every state of the bar
+    with tqdm(
+        desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress, mininterval=seconds
+    ) as bar:
         for packed in pack(encoded_documents(config, split, tokenizer, text), config, tokenizer, packing):
             writer.append(packed.tokens, packed.roles)
             counted = packed.tokens if packed.roles is None else packed.tokens[is_counted(packed.roles)]

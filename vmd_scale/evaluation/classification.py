@@ -24,6 +24,7 @@ from vmd_scale.data.packing import fill_id
 from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.noise import Noise, Stream
+from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import Tokenizer
 
@@ -45,12 +46,23 @@ class Accuracy:
 
 
 def label_tokens(config: Config, tokenizer: Tokenizer) -> tuple[tuple[str, ...], Tensor]:
-    """The labels, and their tokens filled up to the longest, int64 [C, W]."""
+    """The labels, and their tokens filled up to the longest, int64 [C, W].
+
+    Raises:
+        UserError: two labels that are the same tokens: no model could tell them apart.
+    """
     choices, normalize = choices_of(config.data), NORMALIZERS[normalizer_name(config.data)]
     encoded = [tokenizer.encode(normalize(choice)) for choice in choices]
     tokens = np.full((len(choices), max(map(len, encoded))), fill_id(tokenizer), dtype=np.int64)
     for row, ids in zip(tokens, encoded, strict=True):
         row[: len(ids)] = ids
+    same = {row.tobytes(): choice for row, choice in zip(tokens, choices, strict=True)}
+    for row, choice in zip(tokens, choices, strict=True):
+        if (other := same[row.tobytes()]) != choice:
+            raise UserError(
+                f"data.source: labels {choice!r} and {other!r} are the same tokens by data.tokenizer "
+                f"{config.data.tokenizer!r} and data.normalizer {normalizer_name(config.data)!r}; rename one"
+            )
     return choices, torch.from_numpy(tokens)
 
 

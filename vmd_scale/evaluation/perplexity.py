@@ -58,10 +58,12 @@ class Result:
     vmd_surrogate: float | None = None  # nats per token; NOT a bound
     caveat: str | None = None  # why it does not compare with published figures of this protocol
     data: str | None = None  # corpus, tokenizer and rows
+    checkpoint: str | None = None  # `checkpoint_id` of what was evaluated; a run that evaluates itself has none yet
 
     def to_dict(self) -> dict[str, Any]:
         """Optional values are left out where there are none."""
-        return {k: v for k, v in asdict(self).items() if v is not None or k not in ("vmd_surrogate", "caveat", "data")}
+        optional = ("vmd_surrogate", "caveat", "data", "checkpoint")
+        return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
 def read_results(path: Path) -> list[Result]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmd_scale import __version__
-from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.export.standalone import FILE_NAME
@@ -31,8 +31,10 @@ RUN_RESULTS = ("evaluations.jsonl", "evaluation.json")  # of a run folder: made 
 def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
     """What was measured of exactly these weights: in the file that the user names, else in the run folder.
 
+    What training wrote into its own folder is told by its step; all else by the checkpoint that it is of.
+
     Raises:
-        UserError: the named file holds no bounds, or some of another step or of other weights.
+        UserError: the named file holds no bounds, or some of another checkpoint or of other weights.
     """
     wanted = (trained.step, trained.weights)
     if named is not None:
@@ -45,6 +47,14 @@ def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
                     f"--evaluation {named} holds results of step {result.step}, {result.weights} weights; the model "
                     f"card is about step {trained.step}, {trained.weights} weights"
                 )
+            if result.checkpoint != checkpoint_id(trained.checkpoint):
+                other = (
+                    "another checkpoint of the same step" if result.checkpoint else "a checkpoint that it does not name"
+                )
+                raise UserError(
+                    f"--evaluation {named} holds results of {other}; expected what evaluate.py wrote of "
+                    f"{trained.checkpoint}"
+                )
         return results
     found: list[Result] = []
     run = trained.checkpoint.parent.parent
@@ -53,7 +63,8 @@ def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
         found += [checked(Result, json.loads(line), str(run / RUN_RESULTS[0])) for line in lines if line.endswith("}")]
     if (run / RUN_RESULTS[1]).is_file():
         found += read_results(run / RUN_RESULTS[1])
-    return [result for result in found if (result.step, result.weights) == wanted]
+    found = [result for result in found if (result.step, result.weights) == wanted]
+    return [r for r in found if r.checkpoint is None or r.checkpoint == checkpoint_id(trained.checkpoint)]
 
 
 def model_card(trained: TrainedModel, results: Sequence[Result], has_encoder: bool) -> str:

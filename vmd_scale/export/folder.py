@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,27 @@ from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import model_card
 from vmd_scale.export.standalone import FILE_NAME, TRANSFORMERS_FILE_NAME, modelling_source, transformers_source
+from vmd_scale.files import check_writable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_request(folder: Path, max_shard_size: str) -> None:
+    """What can be known to be wrong before a model is loaded.
+
+    Raises:
+        UserError: `folder` exists and is not an earlier export, or cannot be made; a size that is none.
+    """
+    check_writable(folder / "config.json", "--output")
+    if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
+        raise UserError(f"--output {folder}: exists and is not an exported model; choose another folder")
+    number = re.fullmatch(r"([0-9.]+) ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE)
+    try:
+        positive = number is not None and float(number[1]) > 0
+    except ValueError:
+        positive = False
+    if not positive:
+        raise UserError(f"--max-shard-size {max_shard_size!r}: expected a size such as 500MB or 5GB (KB, MB, GB, TB)")
 
 
 def export(
@@ -36,10 +56,9 @@ def export(
         max_shard_size: a larger model is cut into several files.
 
     Raises:
-        UserError: `folder` exists and is not an earlier export.
+        UserError: see `check_request`.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
-        raise UserError(f"--output {folder}: exists and is not an exported model; choose another folder")
+    check_request(folder, max_shard_size)
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

@@ -189,8 +189,8 @@ class Stack(nn.ModuleList):
         """none | selective (keep matrix products and attention) | full (keep the blocks' inputs)."""
         self.recompute = kind == "full"
         for block in self:
-            assert isinstance(block, Block)
-            block.keep_products = kind == "selective"
+            if isinstance(block, Block):  # of another kind: all or nothing
+                block.keep_products = kind == "selective"
 
     def forward(
         self,

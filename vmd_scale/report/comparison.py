@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vmd_scale.report.figures import COLORS, Picture, bound_panel, draw_png, finish_axes, running_mean
+from vmd_scale.report.figures import COLORS, Picture, bound_panel, draw_png, finish_axes, legend_name, running_mean
 from vmd_scale.report.run import Run, column, newest, unit_of
 
 LEFT_OUT = ("data.shards", "data.workers", "telemetry.log_every", "telemetry.wandb", "telemetry.wandb_project")
@@ -66,7 +66,8 @@ def _panel(figure: Figure, runs: Sequence[Run], key: str, label: str) -> None:
     for n, run in enumerate(runs):
         steps, values = column(run.metrics, "step"), column(run.metrics, key)
         smooth = running_mean(values, max(1, len(values) // 50))
-        axes.plot(steps, np.where(np.isfinite(values), smooth, np.nan), color=COLORS[n % len(COLORS)], label=run.label)
+        shown, color = np.where(np.isfinite(values), smooth, np.nan), COLORS[n % len(COLORS)]
+        axes.plot(steps, shown, color=color, label=legend_name(run.label))
     axes.set(xlabel="step", ylabel=label)
     finish_axes(axes, from_zero=key in ("kl", "tokens_per_second"), large=key == "tokens_per_second")
 

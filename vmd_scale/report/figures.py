@@ -32,9 +32,11 @@ STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLORS),
     "lines.linewidth": 1.4,
     "legend.fontsize": 9,
+    "text.parse_math": False,  # names of runs may hold dollars
 }
 # small on purpose: the same picture is read on a phone, and half a wide page is not much more
 WIDTH, HEIGHT, DPI = 5.2, 3.4, 220
+LONGEST_NAME = 40  # characters of a run's name in a legend
 
 
 def plot_bound_against_steps(
@@ -171,7 +173,8 @@ def _loss_panel(axes: Axes, run: Run, curves: Mapping[str, str]) -> None:
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, color: str, zorder: float = 3) -> None:
     """A curve; of a long run the points are pale and a running mean stands out."""
     if not np.isfinite(y).any():
-        axes.text(0.5, 0.5, f"{name}: not recorded", transform=axes.transAxes, ha="center", color="#666666")
+        height = 0.5 - 0.1 * len(axes.texts)
+        axes.text(0.5, height, f"{name}: no finite value", transform=axes.transAxes, ha="center", color="#666666")
         axes.set_yticks([])
         return
     if len(x) <= 100:
@@ -228,10 +231,12 @@ def bound_panel(axes: Axes, runs: Mapping[str, Sequence[Result]], unit: str, uni
     def place(steps: int | str) -> float:
         return infinity if steps == "inf" else math.log2(int(steps))
 
-    curves = {
-        " ".join((run, name)).strip(): rs for run, results in runs.items() for name, rs in _curves(results).items()
-    }
-    for n, (name, results) in enumerate(curves.items()):
+    curves = [
+        (f"{legend_name(run)} {name}".strip(), rs)
+        for run, results in runs.items()
+        for name, rs in _curves(results).items()
+    ]
+    for n, (name, results) in enumerate(curves):
         color, marker = COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)]
         results = sorted(results, key=lambda r: place(r.steps))
         x, y = [place(r.steps) for r in results], [r.bits_per_token for r in results]
@@ -285,6 +290,12 @@ def _validation_panel(axes: Axes, results: Sequence[Result], unit: str) -> None:
     _legend(axes)
 
 
+def legend_name(name: str) -> str:
+    """Of a run, as the label of a curve: matplotlib leaves those that begin with an underscore out of its legends."""
+    shown = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
+    return f"\u200b{shown}" if shown.startswith("_") else shown
+
+
 def finish_axes(axes: Axes, from_zero: bool = False, large: bool = False) -> None:
     """Of curves against the step, with a label each; `large` numbers are written as 20k."""
     if from_zero:
@@ -301,8 +312,10 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _legend(axes: Axes, handles: Sequence[Any] | None = None) -> None:
-    """Above the plot, where it can hide nothing."""
+    """Above the plot, where it can hide nothing; none where no curve has a finite value."""
     found = handles or axes.get_legend_handles_labels()[0]
+    if not found:
+        return
     widest = max(len(str(handle.get_label())) for handle in found)
     columns = 1 if widest > 34 else 2 if widest > 12 else 4
     axes.legend(handles=found, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, borderaxespad=0.2)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Result
-from vmd_scale.files import write_atomically
+from vmd_scale.files import check_writable, write_atomically
 from vmd_scale.report.comparison import comparison_figures, differing_settings
 from vmd_scale.report.events import events_section
 from vmd_scale.report.figures import Picture, figures_of
@@ -55,6 +54,7 @@ figcaption { font-size: .85rem; color: #555; }
 table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
 thead th { font-weight: 600; white-space: nowrap; } tbody th { font-weight: 400; color: #555; white-space: nowrap; }
+.settings td { overflow-wrap: anywhere; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sample, pre { font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; background: #f6f6f4;
                padding: .5rem .7rem; margin: .4rem 0; }
@@ -79,9 +79,8 @@ def write_report(
     """
     folders = [runs] if isinstance(runs, Path) else list(runs)
     output = output or folders[0] / "report.html"
-    for path, wrong in ((output, output.is_dir()), (png, png is not None and png.is_file())):
-        if wrong:
-            raise UserError(f"{path}: is a {'folder' if path == output else 'file'}; give another name")
+    check_writable(output, "--output")
+    check_writable(None if png is None else png / "loss.png", "--png")
     found = distinctly_named([read_run(folder) for folder in folders], folders)
     figures = [figures_of(run) for run in found]
     together = comparison_figures(found) if len(found) > 1 else {}
@@ -146,18 +145,27 @@ def _sections(run: Run, figures: Mapping[str, Picture]) -> str:
 def _state(run: Run) -> str:
     """How far the run is, in a sentence or two."""
     now = f"Page written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    steps, state = run.config.training.steps, _standing(run)
     if not run.metrics:
-        return f"<p>Nothing is logged yet: {METRICS} is empty or not there. {now}</p>"
-    last, steps = run.metrics[-1], run.config.training.steps
-    state = "finished" if last["step"] >= steps else "not finished: still going on, or stopped"
-    if run.status is not None and run.status.state != "finished":
-        state = run.status.state + (f": {html.escape(run.status.reason)}" if run.status.reason else "")
+        known = f" The run is recorded as {state}." if state else ""
+        return f"<p>Nothing is logged yet: {METRICS} is empty or not there.{known} {now}</p>"
+    last = run.metrics[-1]
+    state = state or ("finished" if last["step"] >= steps else "not finished: still going on, or stopped")
     tokens, loss, skipped = (column([last], key)[0] for key in ("tokens", "loss", "skipped_steps"))
     text = f"Step {last['step']:,} of {steps:,} ({state}); {_number(tokens, ',.0f')} tokens seen; "
     text += f"last logged loss {_number(loss, '.4f')} nats per token."
     if skipped > 0:
         text += f" {skipped:,.0f} steps were skipped because the loss or a gradient was not finite."
     return f"<p>{text} {now}</p>"
+
+
+def _standing(run: Run) -> str:
+    """What is recorded, as HTML; empty where nothing is, or where the metrics say it."""
+    if run.has_died:
+        return "running, but its processes are gone (killed, or out of memory): call it again to go on"
+    if run.status is None or (run.status.state == "finished" and run.metrics):
+        return ""
+    return run.status.state + (f": {html.escape(run.status.reason)}" if run.status.reason else "")
 
 
 def _number(value: float, form: str) -> str:
@@ -208,7 +216,7 @@ def _settings(run: Run) -> str:
     if run.facts.unigram_bits_per_token is not None:
         rows["unigram entropy"] = f"{run.facts.unigram_bits_per_token:.4f} bits per {unit_of(config)}"
     body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    return f"<table><tbody>{body}</tbody></table>"
+    return f'<div class="scroll"><table class="settings"><tbody>{body}</tbody></table></div>'
 
 
 def _bounds(run: Run, figures: Mapping[str, Picture]) -> str:

@@ -14,7 +14,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.files import checked, read_json
-from vmd_scale.training.status import Status, read_status
+from vmd_scale.training.status import Status, has_died, read_status
 from vmd_scale.training.telemetry import EVALUATIONS, EVENTS, LATENT, LOG, METRICS
 from vmd_scale.training.telemetry import SAMPLES as DRAWN
 
@@ -62,6 +62,7 @@ class Run:
     log: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
     status: Status | None = None
+    has_died: bool = False  # the record says running, and nothing is
 
     @property
     def label(self) -> str:
@@ -83,7 +84,7 @@ def read_run(folder: Path) -> Run:
     for where, results in ((EVALUATIONS, validation), (FINAL, final)):
         for result in results:
             _check_steps(result.steps, folder / where)
-    log = folder / LOG
+    log, status = folder / LOG, read_status(folder)
     return Run(
         name=folder.resolve().name,
         config=load_config(folder / CONFIG),
@@ -95,17 +96,26 @@ def read_run(folder: Path) -> Run:
         facts=_optional(folder / FACTS, Facts, Facts()),
         log="\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]) if log.is_file() else "",
         events=_read_lines(folder / EVENTS),
-        status=read_status(folder),
+        status=status,
+        has_died=has_died(folder, status),
     )
 
 
 def distinctly_named(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
-    """Runs of the same folder name get the name of the folder above in front."""
-    names = [run.name for run in runs]
-    return [
-        replace(run, name=f"{folder.resolve().parent.name}/{run.name}") if names.count(run.name) > 1 else run
-        for run, folder in zip(runs, folders, strict=True)
-    ]
+    """Runs of the same folder name get as many names of the folders above in front as tell them apart.
+
+    Raises:
+        UserError: one folder twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for number, path in enumerate(parts):
+        if path in parts[:number]:
+            raise UserError(f"{folders[number]}: the same run twice")
+    named = []
+    for run, path in zip(runs, parts, strict=True):
+        count = next(n for n in range(1, len(path) + 1) if [p[-n:] for p in parts].count(path[-n:]) == 1)
+        named.append(replace(run, name="/".join(path[-count:]).replace("//", "/")))
+    return named
 
 
 def _of_training(path: Path) -> list[SampleSet]:

@@ -87,7 +87,7 @@ class Checkpointer:
             if fragments
         }
         if share := self.master.frozen_share:
-            frozen = copy_to_host(share, {"frozen": self.master.frozen}, self._buffers["weights"])
+            frozen = copy_to_host(share, {"frozen": self.master.frozen_exact}, self._buffers["weights"])
             contents.setdefault(f"weights-{of_rank}", {}).update(frozen)
         updates = self.master.optimizer_updates()
         run_state = {**state, "step": step, "optimizer_state": sorted(optimizer), "optimizer_updates": updates}
@@ -231,6 +231,7 @@ class Checkpointer:
         load_fragments(weights, fragments, targets, self.world)
         if self.world.any(bool(self.master.frozen_fragments))[0]:
             load_fragments(weights, self.master.frozen_fragments, {"frozen": self.master.frozen}, self.world)
+            load_fragments(weights, self.master.frozen_share, {"frozen": self.master.frozen_exact}, self.world)
         optimizer = self.master.start_optimizer_state(state["optimizer_state"], state["optimizer_updates"])
         load_fragments(moments, fragments, optimizer, self.world)
         self.master.publish()

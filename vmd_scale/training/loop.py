@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
+from vmd_scale.build import Parts, build_architecture, masks_of
 from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.loader import Batch, TrainLoader
@@ -49,21 +49,26 @@ class StopAgreed(Exception):
 class Trainer:
     """One run on one rank. Everything that lives longer than a step is built here; `train` is the loop."""
 
-    def __init__(self, config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: Config, run_folder: Path, world: World, tokenizer: Tokenizer, parts: Parts | None = None
+    ) -> None:
+        parts = parts or Parts()
         self.config, self.run_folder, self.world = config, run_folder, world
         self.tokenizer, self.fingerprint = tokenizer, tokenizer.fingerprint
         training = config.training
         self.precision = resolve_precision(config, world.device)
-        model = build_model(config, tokenizer.vocab_size)
+        model = parts.model(config, tokenizer.vocab_size)
         source = training.init_from
         (resumes,) = world.any(world.is_main and bool(all_checkpoints(run_folder / "checkpoints")))
+        initial: dict[str, torch.Tensor] = {}
         if source is not None and not resumes:
-            world.on_all(lambda: initialize_from(model, source, tokenizer.fingerprint))
-        self.checkpoint_bytes = bytes_of_checkpoint(model, self.precision, bool(training.ema_decay))
-        self.objective = build_objective(config, tokenizer.vocab_size)
+            world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
+        self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
+        self.objective = parts.objective(config, tokenizer.vocab_size)
         log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
+        self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
         self.reader, self.order = training_rows(config.data, training.seed)
         self.contents = world.from_main(lambda: contents_of(config.data))

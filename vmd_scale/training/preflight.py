@@ -84,11 +84,11 @@ def facts(config: Config) -> dict[str, str]:
     } | {name: _digest_of_manifest(shards) for name, shards in manifests.items()}
 
 
-def bytes_of_checkpoint(model: nn.Module, precision: str, with_ema: bool) -> int:
-    """What is trained has masters, two moments and perhaps an average, in fp32; what is frozen lies there as it is."""
+def bytes_of_checkpoint(model: nn.Module, with_ema: bool) -> int:
+    """In fp32: what is trained has masters, two moments and perhaps an average; what is frozen lies there once."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    return 4 * (4 if with_ema else 3) * trained + (2 if precision == "bf16" else 4) * frozen
+    return 4 * (4 if with_ema else 3) * trained + 4 * frozen
 
 
 def check_disk(folder: Path, each: int, keep: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vmd_scale.build import Parts
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
@@ -15,7 +16,7 @@ from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import write_atomically
+from vmd_scale.files import check_writable, write_atomically
 from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
@@ -111,12 +112,16 @@ def verify_together(
         remember(shards, good)
 
 
-def start(config: Config, run_folder: Path) -> int:
+def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     """All of a run, on this rank: checks, joining the others, shards, training. Returns the exit code.
 
+    Args:
+        parts: a model or an objective of one's own; docs/extending.md has examples.
+
     Raises:
-        UserError, RunFailed: see `check_before_start`, `prepare_together` and `pretrain`.
+        UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
     """
+    check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
     hang = config.training.hang_timeout
@@ -125,12 +130,12 @@ def start(config: Config, run_folder: Path) -> int:
         prepare_together(config, world, tokenizer)
         run_folder.mkdir(parents=True, exist_ok=True)
         start_logging(run_folder, world.rank)
-        return pretrain(config, run_folder, world, tokenizer)
+        return pretrain(config, run_folder, world, tokenizer, parts)
     finally:
         leave_world()
 
 
-def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer) -> int:
+def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer, parts: Parts | None = None) -> int:
     """Train, resuming where the run folder's newest whole checkpoint stands. Returns the exit code.
 
     Raises:
@@ -142,7 +147,7 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
     try:
         world.on_main(lock.acquire)
         check_shared(run_folder, world)
-        trainer = Trainer(config, run_folder, world, tokenizer)
+        trainer = Trainer(config, run_folder, world, tokenizer, parts)
         world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
         first = trainer.resume()
         if world.is_main:

@@ -5,14 +5,19 @@ task, perhaps of one that it killed itself. A record that says ``running`` after
 died.
 """
 
+import fcntl
 import os
+import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from vmd_scale.files import read_json, write_json
+from vmd_scale.training.lock import LOCK
 
 STATUS = "status.json"
+SILENCE = 3600.0  # seconds: nothing that goes on writes nothing for so long
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -43,3 +48,25 @@ def read_status(run_folder: Path) -> Status | None:
     """
     path = run_folder / STATUS
     return read_json(path, Status) if path.exists() else None
+
+
+def has_died(run_folder: Path, status: Status | None) -> bool:
+    """Whether `status` says ``running`` of processes that are gone: killed, or out of memory.
+
+    Rank 0 of a run holds a lock, which a node may see of its own processes only. Where it tells nothing, a run has died
+    that wrote nothing for `SILENCE`.
+    """
+    if status is None or status.state != "running":
+        return False
+    try:
+        with open(run_folder / LOCK, encoding="utf-8") as file:
+            holder = file.read()
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if socket.gethostname() in holder.replace(",", " ").split():
+                return True
+    except BlockingIOError:
+        return False
+    except OSError:  # no such file; no locks
+        pass
+    written = [path.stat().st_mtime for path in (run_folder / STATUS, *run_folder.glob("*.jsonl"))]
+    return time.time() - max(written) > SILENCE

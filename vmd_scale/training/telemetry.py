@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl always, a log file, a progress bar, and wandb when asked."""
+"""What a run says of itself: metrics.jsonl and a log file always, a progress bar on a terminal, wandb when asked."""
 
 import json
 import logging
@@ -47,9 +47,11 @@ class Telemetry:
         if not is_main:
             return
         self.went_back_to(first_step)
+        self._steps = config.training.steps
         self._bar = tqdm(
             total=config.training.steps,
             initial=first_step,
+            disable=None,  # where there is no terminal: a bar is one endless line of a batch job's log
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0,
@@ -64,17 +66,17 @@ class Telemetry:
             self._bar.update()
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One object a logged step, in ``metrics.jsonl``."""
+        """One object a logged step, in ``metrics.jsonl``, and a line for people."""
         if not self._is_main:
             return
         self._append(METRICS, record)
         if self._wandb is not None:
             self._wandb.metrics(record)
+        kl = f", KL {record['kl']:.4f}" if self._has_latent else ""
+        said = f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {record['mfu']:.0%}"
+        log.info("step %d of %d: %s, %s left", record["step"], self._steps, said, self._time_left(record["step"]))
         if self._bar is not None:
-            kl = f", KL {record['kl']:.4f}" if self._has_latent else ""
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {record['mfu']:.0%}"
-            )
+            self._bar.set_postfix_str(said)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One object a bound, in ``evaluations.jsonl``."""
@@ -107,6 +109,7 @@ class Telemetry:
         if self._is_main:
             for name in (METRICS, EVALUATIONS, LATENT, SAMPLES):
                 drop_records_after(self._folder / name, step)
+            self._first, self._started = step, time.monotonic()
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -116,6 +119,11 @@ class Telemetry:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.close(failed=sys.exc_info()[0] is not None)
+
+    def _time_left(self, step: int) -> str:
+        """At the mean speed so far, evaluations and saves included."""
+        seconds = (time.monotonic() - self._started) / max(1, step - self._first)
+        return tqdm.format_interval(seconds * (self._steps - step))
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         path = self._folder / name

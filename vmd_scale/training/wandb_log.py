@@ -47,6 +47,9 @@ class WandbLog:
             return None
         for attempt in (mode, "offline"):
             try:
+                # else init would ask for a key, where there is a terminal, and wait for ever
+                if attempt == "online" and not wandb.login(timeout=SECONDS_TO_CONNECT, verify=False):
+                    raise ConnectionError("nobody is logged in; call 'wandb login' once")
                 run = wandb.init(
                     project=config.telemetry.wandb_project,
                     dir=str(run_folder),
@@ -55,7 +58,7 @@ class WandbLog:
                     id=_id(run_folder),
                     resume="allow",
                     config={**config.publishable(), "code": code_version()},
-                    settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT),
+                    settings=wandb.Settings(**_patience(wandb.Settings)),
                 )
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
@@ -133,6 +136,13 @@ def code_version() -> dict[str, str]:
         "python": platform.python_version(),
         "host": platform.node(),
     }
+
+
+def _patience(known: Any) -> dict[str, float]:
+    """How long wandb may wait for its server, in seconds; other ranks wait meanwhile, and at the end GPUs do."""
+    wanted = {"init_timeout": SECONDS_TO_CONNECT, "finish_timeout": FINISH_SECONDS}
+    fields = getattr(known, "model_fields", wanted)  # the last one is newer than what pyproject.toml allows
+    return {name: seconds for name, seconds in wanted.items() if name in fields}
 
 
 def _id(run_folder: Path) -> str:

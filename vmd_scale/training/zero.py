@@ -5,7 +5,7 @@ another version has moved it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class ShardedMaster:
         frozen: flat tensors of the parameters that are not trained, in the precision of the forward pass: whole ones,
             or in stage 3 this rank's part.
         frozen_fragments: what they belong to; `frozen_share` are those that this rank writes into a checkpoint.
+        frozen_exact: laid out like `frozen`: fp32, on the host where the forward pass computes in less. Only the
+            elements of `frozen_share` are there; checkpoints get these, so that no precision rounds them.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -50,6 +52,8 @@ class ShardedMaster:
         self.frozen_fragments = list(self._frozen())
         dealt = self.frozen_fragments[engine.global_rank :: engine.world_size]
         self.frozen_share = self.frozen_fragments if self._stage == 3 else dealt
+        share = {fragment.partition for fragment in self.frozen_share}
+        self.frozen_exact = [_exact(part) if n in share else part[:0] for n, part in enumerate(self.frozen)]
         if self._stage == 0:
             self.partitions = [p.data.view(-1) for p in self._trained]
             self.fragments = list(self._replicated())
@@ -62,6 +66,21 @@ class ShardedMaster:
             flat = "fp32_groups_flat_partition" if self._bf16 else "single_partition_of_fp32_groups"
             self.partitions = _get(self._optimizer, flat)
             self.fragments = list(self._stage12())
+
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take masters and what is frozen from fp32 weights by parameter name, of which the model has the rounded ones.
+
+        Nothing is to be published: the forward pass rounds to what it has. Parameters that have no weight are left.
+        """
+        for fragments, partitions in (
+            (self.fragments, self.partitions),
+            (self.frozen_share, self.frozen_exact),
+        ):
+            for f in fragments:
+                if f.name in weights:
+                    exact = weights[f.name].reshape(-1)[f.start : f.start + f.size]
+                    fragment_values(f, partitions).copy_(exact)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -177,6 +196,11 @@ class ShardedMaster:
 def fragment_values(fragment: Fragment, partitions: list[Tensor]) -> Tensor:
     """The elements of `fragment` in flat tensors laid out like `ShardedMaster.partitions` (the EMA's, say)."""
     return partitions[fragment.partition].narrow(0, fragment.offset, fragment.size)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """The same memory if it is fp32, else a copy on the host."""
+    return values if values.dtype == torch.float32 else values.to("cpu", torch.float32)
 
 
 def _get(owner: Any, name: str) -> Any:

@@ -1,0 +1,100 @@
+"""The configuration of a fine-tuning run, from weights that tell their own network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmd_scale.build import build_model
+from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.config import load_config, parse_config
+from vmd_scale.errors import UserError
+from vmd_scale.export.folder import export
+from vmd_scale.finetuning import finetuning_config
+from vmd_scale.initial_weights import initialize_from
+from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.engine import accumulation_steps, deepspeed_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def config_of(**sections):
+    values = {
+        "data": {"corpus": "text", "tokenizer": "text8", "row_length": 8, "shards": "old"},
+        "model": {"layers": 1, "width": 16, "heads": 2},
+        "latent": {"width": 3, "encoder_layers": 1},
+        "training": {"steps": 1, "global_batch": 1, "micro_batch": 1, "precision": "fp32"},
+    }
+    return parse_config({**values, **{name: values.get(name, {}) | given for name, given in sections.items()}}, "test")
+
+
+def exported(folder, encoder, **sections):
+    config, tokenizer = config_of(**sections), load_tokenizer("text8")
+    torch.manual_seed(0)
+    model = build_model(config, tokenizer.vocab_size)
+    return str(export(TrainedModel(model, config, tokenizer, 4, "ema", folder / "step-4"), folder, encoder=encoder))
+
+
+def tune(weights, tmp_path, *overrides, **options):
+    return finetuning_config(weights, "text", "new.txt", tmp_path / "run", overrides=overrides, **options)
+
+
+def test_a_folder_without_its_encoder_is_refused_before_anything_starts(tmp_path):
+    bare, whole = exported(tmp_path / "bare", encoder=False), exported(tmp_path / "whole", encoder=True)
+    with pytest.raises(UserError, match=r"--from .*bare: .*without its encoder.*export it again with --encoder"):
+        tune(bare, tmp_path)
+    assert tune(bare, tmp_path, "latent.width=0").latent.width == 0
+    assert tune(whole, tmp_path).latent.width == 3
+    plain = exported(tmp_path / "plain", encoder=False, latent={"width": 0})
+    assert tune(plain, tmp_path, "latent.width=3").latent.width == 3  # a plain model gets a latent
+
+
+def test_a_shard_of_an_export_that_is_gone_is_an_error(tmp_path):
+    """Also one that holds nothing but parts that could start fresh."""
+    config, tokenizer = config_of(), load_tokenizer("text8")
+    model = build_model(config, tokenizer.vocab_size)
+    trained = TrainedModel(model, config, tokenizer, 4, "ema", tmp_path / "step-4")
+    folder = export(trained, tmp_path / "out", encoder=True, max_shard_size="4KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    initialize_from(build_model(config, tokenizer.vocab_size), str(folder))
+    for shard in shards:
+        shard.rename(tmp_path / "aside")
+        with pytest.raises(UserError, match=rf"{shard.name}: not readable"):
+            initialize_from(build_model(config, tokenizer.vocab_size), str(folder))
+        (tmp_path / "aside").rename(shard)
+
+
+def test_the_engine_is_that_of_the_weights(tmp_path):
+    """What was needed to fit into memory once is needed again; a smaller micro-batch stays one."""
+    base = load_config(CONFIGS / "ladder" / "8b.json")
+    tuned = tune("w.pt", tmp_path, base=base).training
+    assert (tuned.activation_checkpointing, tuned.micro_batch) == ("full", 4)
+    assert tune("w.pt", tmp_path, base=base).zero_stage == 3
+    old = config_of(
+        training={"micro_batch": 64, "global_batch": 64, "seed": 7, "compile": False},
+        deepspeed={"zero_optimization": {"stage": 2}, "train_batch_size": 64, "gradient_accumulation_steps": 1},
+    )
+    tuned = tune("w.pt", tmp_path, base=old)
+    deepspeed_config(tuned, 1, "fp32")  # the old batch contradicts nothing
+    assert (tuned.training.micro_batch, tuned.training.seed, tuned.training.compile) == (8, 7, False)
+    assert tuned.zero_stage == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "micro_batch"),
+    [
+        (1, (), 8),
+        (8, (), 4),
+        (32, (), 1),
+        (8, ("training.global_batch=24",), 3),
+        (5, ("training.global_batch=30",), 6),
+        (8, ("training.micro_batch=2",), 2),
+    ],
+)
+def test_the_micro_batch_fits_the_number_of_ranks(tmp_path, ranks, overrides, micro_batch):
+    """The same command works in front of one GPU and of eight."""
+    old = config_of(training={"micro_batch": 64, "global_batch": 64})
+    tuned = tune("w.pt", tmp_path, *overrides, base=old, ranks=ranks)
+    assert tuned.training.micro_batch == micro_batch
+    assert accumulation_steps(tuned, ranks) >= 1
