@@ -64,8 +64,15 @@ def stopped(lab, runs, whole) -> dict:
     run.processes[1].send_signal(signal.SIGTERM)
     finished = run.wait()
     records, checkpoint = lab.metrics(runs / "stopped"), find_checkpoint(runs / "stopped")
+    status = json.loads((runs / "stopped" / "status.json").read_text())
     lab.pretrain(runs / "stopped")
-    return {"folder": runs / "stopped", "finished": finished, "records": records, "checkpoint": checkpoint.name}
+    return {
+        "folder": runs / "stopped",
+        "finished": finished,
+        "records": records,
+        "checkpoint": checkpoint.name,
+        "status": status,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +369,8 @@ def test_a_death_in_the_middle_of_a_save_costs_at_most_that_save(lab, runs, one_
 def test_the_status_tells_a_stop_that_was_asked_for_from_a_signal(damaged, stopped, whole):
     """The first is not for a batch system to undo."""
     assert (damaged["status"]["state"], damaged["status"]["reason"]) == ("stopped", "STOP file")
+    assert (stopped["status"]["state"], stopped["status"]["reason"]) == ("stopped", "signal")
+    assert stopped["checkpoint"] == f"step-{stopped['status']['step']:08d}"
     assert json.loads((whole / "status.json").read_text())["state"] == "finished"
 
 

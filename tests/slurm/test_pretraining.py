@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, missing, wait_until
 
+from vmd_scale.checkpoints import find_checkpoint
+
 LAST = 12
 SCRIPT = "launchers/slurm/pretrain.sbatch"
 MANY_BOUNDS = "evaluation.steps=" + ",".join(map(str, range(1, 120)))
@@ -101,17 +103,21 @@ def stopped(desk) -> dict:
     desk.cluster.wait_for(cancelled, "CANCELLED")
     wait_until(lambda: not desk.cluster.ranks(), "its ranks have ended")
     restarts = desk.cluster.field(cancelled, "Restarts")
+    left = json.loads((run / "status.json").read_text())
+    assert find_checkpoint(run).name == f"step-{left['step']:08d}"
     tired = desk.sbatch(run, *linger_after(5), MAX_REQUEUES="0")
     desk.wait_for_step(run, 4, f"{tired}.0")
     desk.cluster.run("scancel", "--signal=USR1", tired)
     desk.cluster.wait_for(tired, "FAILED")
-    job = desk.sbatch(run, *linger_after(7))
+    # Without a limit, there is no clock: not that of a job from which this one was submitted either.
+    job = desk.sbatch(run, *linger_after(7), options=("--time=UNLIMITED",), VMD_STOP_AT="1")
     desk.wait_for_step(run, 6, f"{job}.0")
     desk.cluster.run("scancel", "--signal=USR1", job)
     desk.wait_for_requeue(job, 1)
     status = json.loads((run / "status.json").read_text())
     desk.cluster.wait_for(job, "COMPLETED")
-    return {"run": run, "cancelled": cancelled, "restarts": restarts, "tired": tired, "job": job, "status": status}
+    jobs = {"cancelled": cancelled, "tired": tired, "job": job}
+    return {"run": run, "restarts": restarts, "status": status, "left": left, **jobs}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,23 @@ def lost(desk) -> dict:
         cluster.start_node(node)
     cluster.wait_for(job, "COMPLETED")
     return {"run": run, "job": job, "reached": reached}
+
+
+@pytest.fixture(scope="module")
+def limits(desk) -> dict[str, str]:
+    """Two jobs at once: one that Slurm signals before its limit of 2 minutes, one that its clock stops in 20 seconds.
+
+    Slurm signals up to half a minute early: after the ranks have started, even on a busy machine.
+    """
+    endless = ("training.steps=1000000", "training.checkpoint_every=1000000")
+    kinds = {"signal": (("--time=2", "--signal=USR1@60"), "1"), "time": (("--time=20", "--signal=USR1@1"), "1180")}
+    jobs = {}
+    for reason, (options, before) in kinds.items():
+        variables = {"STOP_BEFORE_END": before, "MAX_REQUEUES": "0"}
+        jobs[reason] = desk.sbatch(desk.folder / f"limit-{reason}", *endless, options=options, **variables)
+    for job in jobs.values():
+        desk.cluster.wait_for(job, "FAILED")
+    return jobs
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +220,10 @@ def test_a_signal_stops_the_run_and_the_job_goes_on_by_itself(desk, whole, stopp
     assert desk.lab.metrics(stopped["run"]) == desk.lab.metrics(whole)
 
 
-def test_a_cancelled_job_does_not_come_back(desk, stopped):
+def test_a_cancelled_job_leaves_a_checkpoint_and_does_not_come_back(desk, stopped):
+    left = stopped["left"]
+    assert (left["state"], left["reason"], left["start"]) == ("stopped", "signal", f"{stopped['cancelled']}.0")
+    assert 2 <= left["step"] < 6
     assert stopped["restarts"] == "0"
     assert desk.cluster.state(stopped["cancelled"]) == "CANCELLED"
     assert "requeueing" not in desk.said(stopped["cancelled"])
@@ -217,6 +243,18 @@ def test_the_loss_of_any_node_costs_only_the_steps_since_the_last_checkpoint(des
     said = desk.said(lost["job"])
     assert "start 1: the processes ended between checkpoints; they had started from step 0; a node does not" in said
     assert f"job {lost['job']}, start 3: finished" in said
+
+
+def test_a_job_stops_itself_before_its_time_limit(desk, limits):
+    """By Slurm's signal, and by the clock where no signal comes; each within the time that it was given."""
+    for reason, job in limits.items():
+        said = desk.said(job)
+        assert f"stopped by {reason}: the checkpoint of step " in said
+        assert "is written; not requeued: it was already 0 times" in said
+        assert desk.cluster.field(job, "ExitCode") == "75:0"
+        status = json.loads((desk.folder / f"limit-{reason}" / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("stopped", reason)
+        assert find_checkpoint(desk.folder / f"limit-{reason}").name == f"step-{status['step']:08d}"
 
 
 def test_one_deepspeed_launcher_a_node_gives_the_same_losses(desk, whole, launchers):
@@ -263,7 +301,7 @@ def test_bad_input_fails_before_any_rank_is_started(desk, settings, options, var
     assert not (desk.folder / "bad").exists()
 
 
-def test_no_rank_outlives_its_job(desk, chain, stopped, lost, launchers):
+def test_no_rank_outlives_its_job(desk, chain, stopped, lost, limits, launchers):
     assert desk.cluster.ranks() == []
 
 
