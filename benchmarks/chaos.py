@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from comparing import Report, table
+
 from vmd_scale import checkpoints
 from vmd_scale.checkpoints import MANIFEST, find_checkpoint, load_weights, whole_checkpoints
-from vmd_scale.provenance import provenance
 from vmd_scale.training.launch import free_port
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--json", type=Path, help="write the result")
     args = parser.parse_args()
+    page = Report(__doc__, args.json)
     sizes = [int(size) for size in args.sizes.split(",")]
     kinds = args.kinds.split(",") if args.kinds else [kind for kind in KINDS if kind != ONE or max(sizes) > 1]
     if unknown := set(kinds) - set(KINDS):
@@ -125,11 +127,8 @@ def main() -> None:
         "most_steps_lost_at_once": max(tally.steps_lost),
         "steps": args.steps,
         "sizes": sizes,
-        **provenance(),
     }
-    print(json.dumps(report, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    page.add("chaos", report, table(("", ""), ((key, json.dumps(value)) for key, value in report.items())))
     sys.exit(not report["same"])
 
 

@@ -89,7 +89,7 @@ def test_chaos_breaks_a_run_finds_it_unharmed_and_counts_what_was_made_again(lab
     small = ("--config", lab.config, "--sizes", "1", "--steps", "100", "--events", "2")
     small += ("--kinds", "SIGTERM,lost end (manifest)")
     run("benchmarks/chaos.py", "--folder", tmp_path / "chaos", "--json", file, *small)
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text())["chaos"]
     assert (found["same"], found["rows_equal"], found["largest_difference_of_weights"]) == (True, True, 0)
     assert (found["events"], found["at_start_up"]) == ({"SIGTERM": 1, "lost end (manifest)": 1}, 0)
     starts = [int(line) for line in (tmp_path / "chaos" / "disturbed-1" / "starts.txt").read_text().split()]
@@ -103,8 +103,10 @@ def chaos():
     spec = importlib.util.spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["chaos"] = module  # its dataclasses look there
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
     del sys.modules["chaos"]
 
 
