@@ -30,7 +30,7 @@ def measure(length: int, rows: int, heads: int, width: int, rounds: int, device:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     qkv = [torch.randn(rows, length, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     segments = (torch.arange(length) // (length // 4)).expand(rows, length)  # four documents a row
-    documents = Documents(segments.to(device), document_boundaries(segments).to(device))
+    documents = Documents(segments.to(device), document_boundaries(segments, 4).to(device))
     masks: dict[tuple[str, str], Mask] = {("none", "reference"): None, ("none", "sdpa"): None}
     masks |= {("documents", "sdpa"): documents}
     if flash_kernels() is not None:

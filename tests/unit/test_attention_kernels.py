@@ -15,6 +15,7 @@ from vmd_scale.model.attention import (
     flash_available,
     rotary_table,
 )
+from vmd_scale.model.documents import attention_mask
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 2, 2, 0, 0, 0]])
 
@@ -40,14 +41,14 @@ def far(one, other):
 # ---- documents
 
 
-def test_boundaries_are_where_documents_begin_and_their_number_is_one_of_few():
-    bounds = document_boundaries(SEGMENTS, multiple=4)
-    assert bounds.tolist() == [0, 3, 7, 8, 16, 17, 18, 21, 24]
+def test_boundaries_are_where_documents_begin_in_a_shape_that_is_always_the_same():
+    bounds = document_boundaries(SEGMENTS, most=4)
+    assert bounds.tolist() == [0, 3, 7, 8, 16, 17, 18, 21, *[24] * 5]
     assert bounds.dtype == torch.int32
-    assert document_boundaries(SEGMENTS[:2], multiple=4).tolist() == [0, 3, 7, 8, 16]
-    assert document_boundaries(SEGMENTS, multiple=5).tolist() == [0, 3, 7, 8, 16, 17, 18, 21, 24, 24, 24]
-    one_each = document_boundaries(torch.arange(6).view(2, 3), multiple=1)
+    assert document_boundaries(SEGMENTS[1:2], most=4).tolist() == [0, 8, 8, 8, 8]
+    one_each = document_boundaries(torch.arange(6).view(2, 3), most=3)
     assert one_each.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert document_boundaries(torch.arange(2).view(1, 2), most=4).tolist() == [0, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("kernel", ["reference", "sdpa"])
@@ -80,7 +81,7 @@ def test_the_varlen_path_equals_the_mask_path(monkeypatch):
     segments = torch.where(SEGMENTS == 0, SEGMENTS + 10 * (torch.arange(8) > 4), SEGMENTS)  # no number twice in a row
     monkeypatch.setattr(module, "flash_kernels", lambda: Flash(2, None, by_pieces))
     qkv = tensors(3, 8, 2, 4, torch.bfloat16, "cpu")
-    packed = with_gradients(qkv, Documents(segments, document_boundaries(segments)), "flash")
+    packed = with_gradients(qkv, Documents(segments, document_boundaries(segments, 4)), "flash")
     masked = with_gradients(qkv, Documents(segments), "reference")
     assert far(packed, masked) < 1e-2
     assert far(packed, with_gradients(qkv, None, "reference")) > 0.1
@@ -99,13 +100,21 @@ def test_every_version_of_flash_attention_is_understood(returned, monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, packed, monkeypatch):
     """Whatever breaks the graph here (a search for kernels, a value read on the host) breaks it in every layer."""
 
     def dense(q, k, v):
         return attention(q, k, v, None, "reference")
 
-    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(2, dense, None))
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        inside = torch.bucketize(torch.arange(len(q)), cu_seqlens_q, right=True)
+        mask = (inside[:, None] == inside[None, :])[None, None]
+        return attention(*(x.unsqueeze(0) for x in (q, k, v)), mask, "reference")[0]
+
+    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(2, dense, varlen))
+    segments = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
+    mask = attention_mask(segments, 3, layers.SelfAttention(32, 2, kernel).kernel) if packed else None
     torch.manual_seed(0)
     block = layers.Block(32, 2, 2.0, "gelu", "layernorm", 0.0, kernel, condition=8).bfloat16()
     block.keep_products = checkpointed
@@ -116,7 +125,7 @@ def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, monkeypatch):
     found = []
     for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)):
         block.zero_grad()
-        run(x, table, None, condition).square().sum().backward()
+        run(x, table, mask, condition).square().sum().backward()
         found.append([p.grad.clone() for p in block.parameters()])
     assert far(*found) < 1e-2
 
@@ -140,7 +149,7 @@ def test_gpu_kernels_equal_the_reference(kernel, dtype, mask):
     masks = {
         "none": None,
         "padding": (torch.arange(length) < torch.tensor([[192], [100], [1]]))[:, None, None, :].cuda(),
-        "documents": Documents(segments.cuda(), document_boundaries(segments).cuda()),
+        "documents": Documents(segments.cuda(), document_boundaries(segments.cuda(), 7)),
     }
     exact = [x.detach().double().requires_grad_() for x in qkv]
     assert (

@@ -1,11 +1,14 @@
 """Several documents in one row: each must be treated as if it stood alone."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import architecture, loud
+from torch import Tensor
 
 from vmd_scale.build import masks_of
 from vmd_scale.config import DataConfig
@@ -17,6 +20,7 @@ from vmd_scale.diffusion.noise import Noise, Stream
 from vmd_scale.diffusion.objective import Objective, TrainingInputs
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.model import VMD
+from vmd_scale.model.attention import Flash, attention
 from vmd_scale.model.documents import attention_mask, positions_in
 
 LENGTHS = [[5, 1, 3], [9], [2, 7]]  # of rows of 12
@@ -97,6 +101,34 @@ def test_loss_and_gradient_of_packed_rows_are_those_of_the_documents_alone(varia
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flash_attention_gets_the_documents_and_no_mask(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for its kernel for variable lengths: the whole network gives what it gives with the mask."""
+    calls = []
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, **bounds: Any) -> Tensor:
+        calls.append(bounds["cu_seqlens_q"].tolist())
+        ends = bounds["cu_seqlens_q"]
+        pieces = [attention(q[None, s:e], k[None, s:e], v[None, s:e], None, "sdpa")[0] for s, e in pairwise(ends)]
+        return torch.cat(pieces)
+
+    model = model_of(variant).bfloat16()
+    x = prepared(objective("nelbo", model), model)
+    inputs = (x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
+    masked, _ = model(*inputs)
+    for stack in model.stacks:
+        for block in stack:
+            block.attention.kernel = Flash(2, refuse, varlen)
+    packed, _ = model(*inputs)
+    assert len(calls) == sum(map(len, model.stacks))
+    assert all(call == calls[0] for call in calls)
+    torch.testing.assert_close(packed, masked, rtol=0.05, atol=0.1)
+
+
+def refuse(*arguments: Any) -> None:
+    raise AssertionError("rows of several documents are not dense")
+
+
 def test_a_document_does_not_hear_its_neighbours() -> None:
     model = model_of("conditional")
     x = prepared(objective("nelbo", model), model)
@@ -117,7 +149,7 @@ def test_positions_restart_and_masks_are_blocks() -> None:
         [0, 1, 2, 3, 4, 5],
         [0, 0, 1, 2, 3, 4],
     ]
-    assert attention_mask(attend)[0, 0].long().tolist() == [
+    assert attention_mask(attend, 3, "sdpa")[0, 0].long().tolist() == [
         [1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0],
         [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1],
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import vmd_scale
 
 # In order of dependence.
-MODEL = ("architecture", "documents", "attention", "layers", "encoder", "head", "denoiser", "vmd")
+MODEL = ("architecture", "attention", "documents", "layers", "encoder", "head", "denoiser", "vmd")
 SOURCES = (
     *(f"model/{name}" for name in MODEL),
     "export/standalone_noise",

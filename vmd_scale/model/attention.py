@@ -5,7 +5,6 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -17,8 +16,7 @@ log = logging.getLogger(__name__)
 Mask = Union[Tensor, BlockMask, "Documents", None]
 
 
-@dataclass(frozen=True)
-class Documents:
+class Documents(NamedTuple):
     """Rows of several documents, attention inside each of them.
 
     Args:
@@ -34,19 +32,20 @@ class Documents:
         return (self.segments.unsqueeze(-1) == self.segments.unsqueeze(-2)).unsqueeze(1)
 
 
-def document_boundaries(segments: Tensor, multiple: int = 64) -> Tensor:
-    """Where documents begin and end in the flattened rows, for varlen kernels: cu_seqlens, int32 [N + 1].
+def document_boundaries(segments: Tensor, most: int) -> Tensor:
+    """Where documents begin and end in the flattened rows, for varlen kernels: cu_seqlens, int32 [B * most + 1].
 
-    To be made on the host, with the batch: the number of documents depends on the data. N is filled up to a multiple,
-    with empty documents at the end, so that few different shapes occur.
+    Its shape does not depend on the data, and nothing waits for the device: behind the last document are empty ones.
 
     Args:
         segments: int [B, L]; a document does not go on in the next row.
+        most: documents of a row, padding being one.
     """
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    starts = begins.flatten().nonzero().squeeze(-1).int()
-    return F.pad(starts, (0, -len(starts) % multiple + 1), value=segments.numel())
+    end = segments.numel()
+    starts = torch.where(begins.flatten(), torch.arange(end, device=segments.device), end).sort().values
+    return F.pad(starts[: len(segments) * most], (0, 1 + max(0, len(segments) * most - end)), value=end).int()
 
 
 class Flash(NamedTuple):

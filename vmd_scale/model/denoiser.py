@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
                 x = x + spread(added, attend)
             else:
                 x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
-        mask: Mask = attention_mask(attend)
+        mask: Mask = attention_mask(attend, a.documents, self.blocks.kernel)
         condition = self._condition(x, z, mask_ratio, attend)
         if a.groups > 1:
             assert clean is not None

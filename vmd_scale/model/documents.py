@@ -9,22 +9,29 @@
 import torch
 from torch import Tensor
 
+from vmd_scale.model.attention import Documents, Flash, Mask, document_boundaries
+
 
 def has_documents(attend: Tensor | None) -> bool:
     """Whether `attend` tells several documents of a row apart."""
     return attend is not None and attend.dtype != torch.bool
 
 
-def attention_mask(attend: Tensor | None) -> Tensor | None:
-    """bool, broadcastable to [B, heads, L, L], true where attention is allowed; None allows all.
+def attention_mask(attend: Tensor | None, documents: int, kernel: str | Flash) -> Mask:
+    """For `attention`: None where all is allowed, bool broadcastable to [B, heads, L, L], or `Documents`.
 
-    Between documents this is dense: a kernel for variable lengths or a `BlockMask` can be made from `attend` itself.
+    Args:
+        documents: of a row, at most.
+        kernel: flash-attn reads rows of several documents without a mask.
     """
     if attend is None:
         return None
     if not has_documents(attend):
         return attend[:, None, None, :]
-    return (attend[:, :, None] == attend[:, None, :])[:, None]  # padding sees padding: no softmax of nothing
+    # Padding is a document like any other: no softmax of nothing.
+    if isinstance(kernel, Flash):
+        return Documents(attend, document_boundaries(attend, documents + 1))
+    return Documents(attend).mask()
 
 
 def positions_in(attend: Tensor | None, length: int, device: torch.device) -> Tensor:

@@ -122,7 +122,8 @@ class Encoder(nn.Module):
         length, device = tokens.shape[1], tokens.device
         h = self.embedding(tokens) + self.pattern(masked.long()) + self.position(positions_in(attend, length, device))
         rotary = rotary_table(torch.arange(length, device=device), self.head_width)
-        h = self.norm(self.blocks(h, rotary, attention_mask(attend))).float()
+        mask = attention_mask(attend, self.documents, self.blocks.kernel)
+        h = self.norm(self.blocks(h, rotary, mask)).float()
         if attend is not None and has_documents(attend):
             over = (members(attend, self.documents) & masked[:, None]).float()  # [B, N, L]
             pooled = over @ h / over.sum(-1, keepdim=True).clamp(min=1)

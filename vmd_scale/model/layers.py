@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vmd_scale.model.attention import Mask, apply_rotary, attention, flash_kernels
+from vmd_scale.model.attention import Flash, Mask, apply_rotary, attention, flash_kernels
 
 
 class Norm(nn.Module):
@@ -184,6 +184,12 @@ class Stack(nn.ModuleList):
     """Blocks one after the other."""
 
     recompute = False  # all of a block in the backward pass, of which only the input is kept
+
+    @property
+    def kernel(self) -> str | Flash:
+        block = self[0]
+        assert isinstance(block, Block)
+        return block.attention.kernel
 
     def checkpoint_activations(self, kind: str) -> None:
         """none | selective (keep matrix products and attention) | full (keep the blocks' inputs)."""
