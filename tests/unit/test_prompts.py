@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vmd_scale.config import parse_config
+from vmd_scale.data.corpora import raw_documents
 from vmd_scale.data.corpora.prompts import choices_of
 from vmd_scale.data.loader import Batch
 from vmd_scale.data.prepare import prepare
@@ -97,6 +98,20 @@ def test_labels_that_are_the_same_tokens_are_refused(tmp_path, labels, data):
 def test_bad_records_are_named(tmp_path, corpus, records, data, message):
     with pytest.raises(UserError, match=message):
         prepare(config_of(tmp_path, corpus, records, **data).data, progress=False)
+
+
+def test_csv_of_class_and_texts_is_read_as_it_comes(tmp_path):
+    """As AG News has it: quotes doubled, lines broken inside a field."""
+    path = tmp_path / "news.csv"
+    path.write_text('"3","Wall St. ""bears""","Oil\nagain"\n"1","Peace","talks"\n' * 20)
+    config = config_of(tmp_path, "labels", []).data.model_copy(update={"source": str(path)})
+    found = list(raw_documents(config, "train"))
+    assert [(d.prompt, d.text) for d in found[:2]] == [('Wall St. "bears" Oil\nagain\n', "3"), ("Peace talks\n", "1")]
+    assert {d.choices for d in found} == {("1", "3")}
+    assert [len(list(raw_documents(config, split))) for split in ("train", "validation", "test")] == [36, 2, 2]
+    path.write_text('"3"\n')
+    with pytest.raises(UserError, match=r"news\.csv, record 1: 1 fields, expected a class and one text or more"):
+        list(raw_documents(config, "train"))
 
 
 def test_a_label_that_training_never_saw_is_an_error(tmp_path):

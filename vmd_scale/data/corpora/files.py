@@ -1,5 +1,6 @@
 """Reading text out of files: plain, .xz, .gz, .zip; lines, JSON lines and Parquet; with errors that say where."""
 
+import csv
 import gzip
 import json
 import lzma
@@ -106,6 +107,16 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
             yield number, json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+
+
+def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number of a record, from 1, and its fields. `UserError` for what is no CSV."""
+    number = 0
+    try:
+        for number, fields in enumerate(csv.reader(line + "\n" for line in lines(path)), start=1):
+            yield number, fields
+    except csv.Error as error:
+        raise UserError(f"{path}, after record {number}: {error}") from None
 
 
 def _json_texts(path: Path, column: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora.files import json_lines
+from vmd_scale.data.corpora.files import content_suffix, csv_records, json_lines
 from vmd_scale.data.corpora.registry import SPLITS, Document, corpus, in_twentieth
 from vmd_scale.data.corpora.sources import local_source
 from vmd_scale.errors import UserError
@@ -27,7 +27,7 @@ def prompts(config: DataConfig, split: str) -> Iterator[Document]:
 
 @corpus("labels")
 def labels(config: DataConfig, split: str) -> Iterator[Document]:
-    """JSON lines of "prompt" and "label"."""
+    """JSON lines of "prompt" and "label", or CSV of class and texts."""
     _check(config)
     choices = choices_of(config)
     for prompt, label in _pairs(config, split, "label"):
@@ -59,12 +59,25 @@ def _check(config: DataConfig) -> None:
 def _pairs(config: DataConfig, split: str, response: str) -> Iterator[tuple[str, str]]:
     assert split in SPLITS
     source = local_source(config, split)
-    for number, (line_number, found) in enumerate(json_lines(Path(source.path))):
+    path = Path(source.path)
+    is_csv = response == "label" and content_suffix(path) == ".csv"
+    for number, pair in enumerate(_classes(path) if is_csv else _json_pairs(path, response)):
+        if source.is_split or in_twentieth(number, split):
+            yield pair
+
+
+def _json_pairs(path: Path, response: str) -> Iterator[tuple[str, str]]:
+    for number, found in json_lines(path):
         record = found if isinstance(found, dict) else {}
         prompt, answer = record.get("prompt"), record.get(response)
         if not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
-            raise UserError(
-                f'{source.path}, line {line_number}: expected an object with strings "prompt" and "{response}"'
-            )
-        if source.is_split or in_twentieth(number, split):
-            yield prompt, answer
+            raise UserError(f'{path}, line {number}: expected an object with strings "prompt" and "{response}"')
+        yield prompt, answer
+
+
+def _classes(path: Path) -> Iterator[tuple[str, str]]:
+    """``"class","title","text"`` a record, or fewer or more texts."""
+    for number, fields in csv_records(path):
+        if len(fields) < 2 or not fields[0].strip():
+            raise UserError(f"{path}, record {number}: {len(fields)} fields, expected a class and one text or more")
+        yield " ".join(fields[1:]) + "\n", fields[0].strip()

@@ -4,13 +4,12 @@ They come with splits of their own, so that data.source names a file for each, `
 the Hugging Face dataset; a lone file would have to be split by guess, and is refused.
 """
 
-import csv
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora.files import content_suffix, files_of, lines, records
+from vmd_scale.data.corpora.files import content_suffix, csv_records, files_of, lines, records
 from vmd_scale.data.corpora.registry import Document, DocumentSource, corpus
 from vmd_scale.data.corpora.sources import source_of, split_records, text_splits
 from vmd_scale.errors import UserError
@@ -31,14 +30,10 @@ def _wikitext_lines(path: Path) -> Iterator[str]:
 
 def _news(path: Path) -> Iterator[str]:
     """``"class","title","description"`` a line; the text is title and description."""
-    number = 0
-    try:
-        for number, row in enumerate(csv.reader(line + "\n" for line in lines(path)), start=1):
-            if len(row) != 3:
-                raise UserError(f"{path}, record {number}: {len(row)} fields, expected class, title, description")
-            yield f"{row[1]} {row[2]}"
-    except csv.Error as error:
-        raise UserError(f"{path}, after record {number}: {error}") from None
+    for number, row in csv_records(path):
+        if len(row) != 3:
+            raise UserError(f"{path}, record {number}: {len(row)} fields, expected class, title, description")
+        yield f"{row[1]} {row[2]}"
 
 
 def _documents(config: DataConfig, split: str, column: str, plain: Reader, suffix: str = ".txt") -> Iterator[Document]:
