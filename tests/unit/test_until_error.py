@@ -17,13 +17,14 @@ def score_until(monkeypatch):
     def score_until(nats, until_error):
         asked = []
 
-        def score_rows(reader, rows, protocol, micro_batch, ranks, score, numbers):
+        def score_rows(*arguments):
+            numbers = arguments[-1]
             asked.append(numbers)
             return nats[numbers], np.full(len(numbers), LENGTH)
 
         monkeypatch.setattr(perplexity, "_score_rows", score_rows)
         request = Request(protocol="rows", split="test", steps=(1.0,), until_error=until_error)
-        arguments = (None, np.arange(len(nats)), get_protocol("rows"), request, Ranks(), None)
+        arguments = (None, np.arange(len(nats)), get_protocol("rows"), request, Ranks(), lambda: None, None)
         return *perplexity._score_until(*arguments), asked
 
     return score_until
