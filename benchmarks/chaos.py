@@ -128,8 +128,16 @@ def main() -> None:
         "steps": args.steps,
         "sizes": sizes,
     }
-    page.add("chaos", report, table(("", ""), ((key, json.dumps(value)) for key, value in report.items())))
+    page.add("chaos", report, as_table(report))
     sys.exit(not report["same"])
+
+
+def as_table(report: dict[str, object]) -> str:
+    """The kinds of events in lines of their own."""
+    events = report["events"]
+    assert isinstance(events, dict)
+    plain = [(key.replace("_", " "), json.dumps(value)) for key, value in report.items() if key != "events"]
+    return table(("", ""), [*events.items(), ("events", sum(events.values())), *plain])
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The whole path on a small corpus that every Python brings along: from text to exported weights and a report.
 
-    python launchers/quickstart.py            about four minutes on two CPU cores, offline
+    python launchers/quickstart.py                              about four minutes on two CPU cores, offline
+    python launchers/quickstart.py --set training.steps=5000    another setting, in an empty folder
 
 Interrupted and called again, it goes on where it was: a step whose result is newer than what it was made from is not
 made again. Everything lands in quickstart/.
 """
 
+import argparse
 import json
 import math
 import os
@@ -30,16 +32,20 @@ RUN, EXPORTED = FOLDER / "run", FOLDER / "exported"
 
 @reports_user_errors
 def main() -> None:
-    config = load_config(CONFIG)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key")
+    overrides = parser.parse_args().set
+    settings = [part for override in overrides for part in ("--set", override)]
+    config = load_config(CONFIG, overrides)
     shards = Path(config.data.shards)
     say("shards of the embedded corpus")
-    python("prepare_data.py", "--config", CONFIG)
+    python("prepare_data.py", "--config", CONFIG, *settings)
     unigram = read_manifest(shards).splits["validation"].unigram_entropy / math.log(2)
 
     say("pretraining by the deepspeed launcher")
     wanted = f"step-{config.training.steps:08d}"
     if not any(path.name >= wanted for path in whole_checkpoints(RUN / "checkpoints")):
-        pretrain()
+        pretrain(settings)
     if find_checkpoint(RUN).name < wanted:  # the launcher may exit with 0 after a failure
         raise UserError(f"pretraining ended before step {config.training.steps}; see {RUN / 'log.txt'} and call again")
     trained = find_checkpoint(RUN) / "manifest.json"
@@ -82,12 +88,12 @@ def main() -> None:
         print(f"{what:<15} {where}")
 
 
-def pretrain() -> None:
+def pretrain(settings: list[str]) -> None:
     """Two ranks, on GPUs where there are some; as a user would start it."""
     ranks = min(torch.cuda.device_count(), 2) or 2
     deepspeed = Path(sys.executable).with_name("deepspeed")
     arguments = ["--num_gpus", str(ranks), "--master_port", str(free_port()), str(LAUNCHERS / "pretrain.py")]
-    call([str(deepspeed), *arguments, "--config", str(CONFIG), "--output", str(RUN)])
+    call([str(deepspeed), *arguments, "--config", str(CONFIG), "--output", str(RUN), *settings])
 
 
 def python(launcher: str, *arguments: str | Path) -> None:
