@@ -9,18 +9,15 @@ meanwhile, and `step_while_writing` is what a step then takes.
 
 import argparse
 import math
-import shutil
 import statistics
 import time
 from pathlib import Path
 
 from comparing import Report, table
+from real_step import RealStep
 
 from vmd_scale.config import load_config
-from vmd_scale.data.prepare import prepare
-from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import join_world, leave_world
-from vmd_scale.training.loop import Trainer
+from vmd_scale.training.launch import leave_world
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.json"
 SETTINGS = (
@@ -35,13 +32,6 @@ SETTINGS = (
 )
 
 
-class Silent:
-    """Stands for the telemetry."""
-
-    def event(self, *arguments: object, **details: object) -> None:
-        pass
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=3)
@@ -50,23 +40,15 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = load_config(CONFIG, [*SETTINGS, *args.set])
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    world = join_world()
-    folder = Path("runs/checkpoint-benchmark/run")
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        prepare(config.data)
-    world.barrier()
-    trainer = Trainer(config, folder, world, tokenizer)
-    batches = next(trainer.loader.steps(0, 1))
-    trainer.engine.train()
+    step = RealStep(config, Path("runs/checkpoint-benchmark/run"))
+    world, trainer = step.world, step.trainer
     times: dict[str, list[float]] = {
         name: [] for name in ("step", "training_waits", "written_in", "step_while_writing")
     }
 
     def timed_step() -> float:
         started = time.perf_counter()
-        trainer._step(0, batches, Silent())
+        step()
         return time.perf_counter() - started
 
     timed_step()
@@ -88,7 +70,7 @@ def main() -> None:
     result = {f"{name}_seconds": statistics.median(values) for name, values in times.items() if values}
     result |= {"verify_seconds": verified - started, "load_seconds": loaded - verified}
     result |= {
-        "parameters": sum(p.numel() for p in trainer.engine.module.parameters()),
+        "parameters": step.parameters,
         "checkpoint_bytes": size,
         "ranks": world.size,
     }

@@ -8,24 +8,20 @@ written after every part, so that a time limit loses nothing; a part that would 
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from comparing import in_turns, medians, ratio, seconds_of, table  # noqa: E402
+from isolated import Parts, Skipped, run_parts, verdict  # noqa: E402
 from workload import LATENT_WIDTH, BareStep, shape  # noqa: E402
 
 from vmd_scale.diffusion.noise import Noise  # noqa: E402
 from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
-from vmd_scale.files import write_json  # noqa: E402
 from vmd_scale.model import VMD, Architecture  # noqa: E402
 from vmd_scale.model.attention import attention, block_diffusion_mask, flash_kernels  # noqa: E402
 from vmd_scale.planning.flops import FlopsPerToken  # noqa: E402
@@ -48,10 +44,6 @@ from vmd_scale.provenance import provenance  # noqa: E402
 
 GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py")
 GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_planning.py", "test_fp8.py")
-
-
-class Skipped(Exception):
-    """Why a part was left out."""
 
 
 def need(*packages: str) -> None:
@@ -84,7 +76,7 @@ class Check:
         a = replace(self.shape(size, latent), **changes)
         return BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled and not self.tiny)
 
-    def parts(self) -> dict[str, tuple[Callable[[], dict[str, Any]], float]]:
+    def parts(self) -> Parts:
         """In the order of what is wanted most; with guesses of the seconds that a part takes."""
         return {
             "environment": (self.environment, 1),
@@ -365,51 +357,20 @@ def kind_of(kernel: str) -> str:
     return "other element-wise"
 
 
-class Worker:
-    """Does the parts in a process of its own: a crash, a broken CUDA context or a part without end costs one part."""
+def parts_of(tiny: bool) -> Parts:
+    """Those of a `Check`; after each, a GPU's memory is given back."""
 
-    def __init__(self, tiny: bool) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, tiny))
-        self.process.start()
-        theirs.close()
+    def clean(run: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        def run_and_clean() -> dict[str, Any]:
+            try:
+                return run()
+            finally:
+                if not tiny:
+                    torch.cuda.empty_cache()
 
-    def ask(self, part: str, seconds: float) -> dict[str, Any] | None:
-        """What it found; None if there is no answer in that time, or never will be."""
-        self.pipe.send(part)
-        try:
-            return self.pipe.recv() if self.pipe.poll(seconds) else None
-        except EOFError:
-            return None
+        return run_and_clean
 
-    def end(self) -> str:
-        """Kill it, with all that it started. Returns how it ended, or that it had not."""
-        self.process.join(1)
-        how = "did not end in time" if self.process.exitcode is None else f"exit code {self.process.exitcode}"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.join()
-        return how
-
-
-def _serve(pipe: Connection, tiny: bool) -> None:
-    os.setsid()
-    check = Check(tiny)
-    while True:
-        try:
-            run, _ = check.parts()[pipe.recv()]
-        except EOFError:
-            return
-        try:
-            answer = run()
-        except Skipped as reason:
-            answer = {"skipped": str(reason)}
-        except Exception:
-            answer = {"failed": traceback.format_exc()[-3000:]}
-        pipe.send(answer)
-        if not tiny:
-            torch.cuda.empty_cache()
+    return {name: (clean(run), guess) for name, (run, guess) in Check(tiny).parts().items()}
 
 
 def main() -> None:
@@ -421,40 +382,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("error: no GPU; --cpu tries the script itself with tiny sizes")
-    parts = Check(args.cpu).parts()
-    unknown = set(args.only or ()) - set(parts)
+    parts = partial(parts_of, args.cpu)
+    unknown = set(args.only or ()) - set(parts())
     if unknown:
-        sys.exit(f"error: --only {sorted(unknown)}: parts are {', '.join(parts)}")
-    started, worker = time.perf_counter(), None
-    result: dict[str, Any] = {}
-    for name, (_, guess) in parts.items():
-        if args.only and name not in args.only:
-            continue
-        began = time.perf_counter()
-        left = args.seconds - (began - started)
-        if left < guess:
-            answer: dict[str, Any] | None = {"skipped": f"{left:.0f} s left, about {guess} s needed"}
-        else:
-            worker = worker or Worker(args.cpu)
-            answer = worker.ask(name, min(left, 3 * guess + 60))
-            if answer is None:
-                answer, worker = {"failed": worker.end()}, None
-        result[name] = {**answer, "seconds": round(time.perf_counter() - began, 1)}
-        write_json(args.output, result)
-        print(f"== {name} ({result[name]['seconds']} s)\n{json.dumps(result[name], indent=1)[:2500]}", flush=True)
-    if worker is not None:
-        worker.end()
-    rows = [(name, _verdict(part), part["seconds"]) for name, part in result.items()]
+        sys.exit(f"error: --only {sorted(unknown)}: parts are {', '.join(parts())}")
+    result = run_parts(parts, args.only, args.seconds, args.output)
+    rows = [(name, verdict(part), part["seconds"]) for name, part in result.items()]
     print("\n" + table(("part", "result", "seconds"), rows))
     sys.exit(any("failed" in part or part.get("ok") is False for part in result.values()))
-
-
-def _verdict(part: dict[str, Any]) -> str:
-    if "failed" in part:
-        return "FAILED"
-    if "skipped" in part:
-        return f"skipped: {part['skipped']}"
-    return "NOT OK" if part.get("ok") is False else "ok"
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import torch
 from comparing import Report, table
+from real_step import RealStep
 
 from vmd_scale.build import build_architecture
 from vmd_scale.config import load_config
-from vmd_scale.data.prepare import prepare
 from vmd_scale.planning.memory import memory_of
 from vmd_scale.planning.peaks import peak_bytes
-from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.launch import join_world, leave_world
-from vmd_scale.training.loop import Trainer
+from vmd_scale.training.launch import leave_world
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.json"
 FOLDER = Path("runs/memory-benchmark")
@@ -35,13 +33,6 @@ SETTINGS = (
     "training.micro_batch=4",
     "evaluation.every=null",
 )
-
-
-class Silent:
-    """Stands for the telemetry."""
-
-    def event(self, *arguments: object, **details: object) -> None:
-        pass
 
 
 def bytes_alive() -> int:
@@ -65,25 +56,19 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [f"deepspeed.zero_optimization.stage={args.zero}", f"training.precision={args.precision}"]
     config = load_config(CONFIG, [*SETTINGS, *chosen, *args.set])
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    world = join_world()
-    if world.is_main:
-        prepare(config.data, progress=False)
-    world.barrier()
-    trainer = Trainer(config, FOLDER / "run", world, tokenizer)
-    batches = next(trainer.loader.steps(0, 1))
-    trainer.engine.train()
+    step = RealStep(config, FOLDER / "run")
+    world = step.world
     for _ in range(2):
-        trainer._step(0, batches, Silent())
+        step()
     kept = bytes_alive()
-    peak = kept + peak_bytes(lambda: trainer._step(0, batches, Silent()), world.device)
-    architecture = build_architecture(config, tokenizer.vocab_size)
+    peak = kept + peak_bytes(step, world.device)
+    architecture = build_architecture(config, step.tokenizer.vocab_size)
     predicted = memory_of(config, architecture, world.size, args.precision, world.device.type == "cuda")
     counts = {
         "zero": args.zero,
         "precision": args.precision,
         "ranks": world.size,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.engine.module.parameters()),
+        "parameters": step.parameters,
         "kept_bytes": kept,
         "peak_bytes": peak,
         "predicted_of_peak": predicted.total / peak,

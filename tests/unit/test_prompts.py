@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_models import architecture
 from torch import nn
 
 from vmd_scale.config import parse_config
@@ -22,7 +23,7 @@ from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import label_log_probabilities, label_tokens
 from vmd_scale.finetuning import finetuning_config
-from vmd_scale.model import VMD, Architecture
+from vmd_scale.model import VMD
 from vmd_scale.tokenization import load_tokenizer
 
 NEWS = [("aa", " x"), ("bb c", " yy"), ("d" * 20, " x"), ("", " yy")] * 10
@@ -157,11 +158,7 @@ def test_a_prompt_begins_as_training_rows_do(tmp_path, row_specials):
 def test_label_probabilities_are_those_of_the_one_step_sampler(latent_width):
     """All labels of two symbols together: their probabilities sum to one, and each is the product of two factors."""
     torch.manual_seed(0)
-    a = Architecture(
-        vocab_size=3, row_length=5, groups=1, layers=1, width=8, heads=1, mlp_ratio=2.0, mlp="gelu", norm="layernorm",
-        dropout=0.0, tie_embeddings=False, time_conditioning=False, attention="sdpa", condition_width=4,
-        latent_width=latent_width, injection="adaln", encoder_layers=1, encoder_width=8,
-    )  # fmt: skip
+    a = architecture(row_length=5, heads=1, attention="sdpa", condition_width=4, latent_width=latent_width)
     model = VMD(a).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)

@@ -5,13 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_models import architecture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import Objective
-from vmd_scale.model import VMD, Architecture, head
+from vmd_scale.model import VMD, head
 
 ROWS, LENGTH, VOCAB = 4, 64, 3000
 # What makes the host wait for a device. Reading a shape that depends on values does, too.
@@ -43,28 +44,10 @@ def _is_bool(x):
 
 
 def network(latent=8, **changes):
-    values = {
-        "vocab_size": VOCAB,
-        "row_length": LENGTH,
-        "groups": 1,
-        "layers": 2,
-        "width": 32,
-        "heads": 2,
-        "mlp_ratio": 4.0,
-        "mlp": "gelu",
-        "norm": "layernorm",
-        "dropout": 0.0,
-        "tie_embeddings": False,
-        "time_conditioning": False,
-        "attention": "auto",
-        "condition_width": 16,
-        "latent_width": latent,
-        "injection": "adaln",
-        "encoder_layers": 1,
-        "encoder_width": 16,
-    }
+    values = {"layers": 2, "width": 32, "mlp_ratio": 4.0, "attention": "auto", "condition_width": 16}
+    values |= {"vocab_size": VOCAB, "row_length": LENGTH, "latent_width": latent, "encoder_width": 16}
     torch.manual_seed(0)
-    return VMD(Architecture(**{**values, **changes}))
+    return VMD(architecture(**{**values, **changes}))
 
 
 def prepared(model, kind="vmd", step=0):
