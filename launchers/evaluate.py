@@ -170,7 +170,8 @@ def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: R
     if wanted is not None and any(result.standard_error > wanted for result in results):
         say("--until-error: not reached; more --draws take away the noise of the estimate, more rows that of the text")
     if request.surrogate:
-        say(f"vmd_surrogate {results[0].vmd_surrogate:.4f} nats/token (NOT a bound)")
+        value, error = results[0].vmd_surrogate, results[0].vmd_surrogate_error
+        say(f"vmd_surrogate {value:.4f} +- {error:.4f} nats/token (NOT a bound)")
     if published := beside_published(results):
         say(published)
     return [result.to_dict() for result in results]

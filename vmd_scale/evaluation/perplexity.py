@@ -56,13 +56,14 @@ class Result:
     draws: int
     seed: int
     vmd_surrogate: float | None = None  # nats per token; NOT a bound
+    vmd_surrogate_error: float | None = None  # standard error of it
     caveat: str | None = None  # why it does not compare with published figures of this protocol
     data: str | None = None  # corpus, tokenizer and rows
     checkpoint: str | None = None  # `checkpoint_id` of what was evaluated; a run that evaluates itself has none yet
 
     def to_dict(self) -> dict[str, Any]:
         """Optional values are left out where there are none."""
-        optional = ("vmd_surrogate", "caveat", "data", "checkpoint")
+        optional = ("vmd_surrogate", "vmd_surrogate_error", "caveat", "data", "checkpoint")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
@@ -164,11 +165,11 @@ def evaluate(
         rows = rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
     noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
     score_all = partial(_score_until, reader, rows, protocol, request, ranks or Ranks(), after_batch)
-    surrogate = None
+    surrogate = surrogate_error = None
     if request.surrogate:
         if request.paths not in RANDOM_LAWS:
             raise UserError(f"--surrogate is defined for paths {' and '.join(RANDOM_LAWS)}, not {request.paths!r}")
-        surrogate, _ = mean_and_error(
+        surrogate, surrogate_error = mean_and_error(
             *score_all(lambda some, _: vmd_surrogate(model, some, noise, total, request.paths))
         )
     results = []
@@ -208,6 +209,7 @@ def evaluate(
                 draws=request.draws,
                 seed=request.seed,
                 vmd_surrogate=surrogate,
+                vmd_surrogate_error=surrogate_error,
                 caveat=protocol.caveat(reader.manifest, request.split),
                 data=reader.manifest.summary,
             )

@@ -75,22 +75,27 @@ def exact_bound(
 
 
 def listed(distribution: Distribution) -> Measure:
-    """For a task whose exact distribution is a list of rows: accuracy, KL and bounds in 1, 2 and 4 steps a block."""
+    """For a task whose exact distribution is a list of rows: accuracy, KL and bounds in 1, 2 and 4 steps a block.
+
+    With z fixed, and where there are several steps, with a fresh z at each.
+    """
 
     def measure(model: Model) -> list[Measurement]:
         rows, p = distribution(model.variant)
         a, law, found = model.trained.model.architecture, _law(model), []
         for per_block in [t for t in (1, 2, 4) if t <= a.row_length // a.groups]:
-            of = partial(Measurement, steps=per_block * a.groups, latent=_latent(model), law=law)
-            for tokens, x in _samples(model, per_block, law):
-                counts = count_rows(rows, x, a.vocab_size)
-                right = 1 - counts[-1] / counts.sum()
-                error = math.sqrt(right * (1 - right) / len(x))
-                found.append(of("accuracy", right, tokens=tokens, standard_error=error))
-                found.append(of("kl", kl_divergence(p, counts), tokens=tokens))
-            k, copies = model.sizes.importance_samples, max(2, model.sizes.rows // len(rows))
-            bound, error = exact_bound(model.trained.model, rows, p, Sampler(per_block, law=law), copies, k)
-            found.append(of("bound_nats", bound, k=k, standard_error=error))
+            for latent in _latents(model, per_block):
+                of = partial(Measurement, steps=per_block * a.groups, latent=latent, law=law)
+                for tokens, x in _samples(model, per_block, law, latent):
+                    counts = count_rows(rows, x, a.vocab_size)
+                    right = 1 - counts[-1] / counts.sum()
+                    error = math.sqrt(right * (1 - right) / len(x))
+                    found.append(of("accuracy", right, tokens=tokens, standard_error=error))
+                    found.append(of("kl", kl_divergence(p, counts), tokens=tokens))
+                k, copies = model.sizes.importance_samples, max(2, model.sizes.rows // len(rows))
+                sampler = _sampler(per_block, law, latent=latent)
+                bound, error = exact_bound(model.trained.model, rows, p, sampler, copies, k)
+                found.append(of("bound_nats", bound, k=k, standard_error=error))
         return found
 
     return measure
@@ -156,7 +161,7 @@ def bounds(
         results = evaluate(trained.model, reader, request, "ema", trained.step)
         if tight:
             samples = (model.sizes.importance_samples,)
-            request = replace(request, steps=tuple(tight), samples=samples, surrogate=False)
+            request = replace(request, steps=tuple(t for t in tight if t <= size), samples=samples, surrogate=False)
             results += evaluate(trained.model, reader, request, "ema", trained.step)
         found = [
             Measurement(
@@ -171,11 +176,12 @@ def bounds(
             )
             for r in results
         ]
-        nats = results[0].vmd_surrogate
-        if nats is not None:
+        nats, error = results[0].vmd_surrogate, results[0].vmd_surrogate_error
+        if nats is not None and error is not None:
             value = math.exp(nats) if perplexity else nats / math.log(2)
-            name = f"{metric}_vmd_surrogate"
-            found.append(Measurement(name, value, "inf", latent="fixed", law=request.paths, split=split))
+            error *= value if perplexity else 1 / math.log(2)
+            of = partial(Measurement, steps="inf", latent="fixed", law=request.paths, split=split)
+            found.append(of(f"{metric}_vmd_surrogate", value, standard_error=error))
         return found
 
     return measure
@@ -189,14 +195,20 @@ def _latent(model: Model) -> str:
     return "fixed" if model.trained.model.architecture.latent_width else "none"
 
 
-def _sampler(steps: float, law: str, tokens: str) -> Sampler:
-    return Sampler(steps, law=law, temperature=0.0 if tokens == "argmax" else 1.0)
+def _latents(model: Model, steps: float) -> tuple[str, ...]:
+    """The ways to draw z. In one step a new one at each is the same as one for all."""
+    return ("fixed", "fresh") if _latent(model) == "fixed" and steps > 1 else (_latent(model),)
 
 
-def _samples(model: Model, steps: float, law: str) -> Iterator[tuple[str, np.ndarray]]:
+def _sampler(steps: float, law: str, tokens: str = "drawn", latent: str = "fixed") -> Sampler:
+    """Without a latent, `latent` is "none", and fixed as good as any."""
+    return Sampler(steps, "fresh" if latent == "fresh" else "fixed", law, 0.0 if tokens == "argmax" else 1.0)
+
+
+def _samples(model: Model, steps: float, law: str, latent: str = "fixed") -> Iterator[tuple[str, np.ndarray]]:
     """int64 [N, L] for each way of taking tokens. Without z, the most probable ones are the same in every sample."""
     for tokens in ("argmax", "drawn") if model.trained.model.architecture.latent_width else ("drawn",):
-        sampler = _sampler(steps, law, tokens)
+        sampler = _sampler(steps, law, tokens, latent)
         numbers = torch.arange(model.sizes.samples).split(BATCH)
         parts = [sample(model.trained.model, sampler, Noise(SEED), some) for some in numbers]
         yield tokens, torch.cat(parts).numpy()

@@ -120,8 +120,8 @@ class Task:
     other_data: Callable[[Config, Sizes], dict[str, DataConfig]] = no_other_data  # measured on, beside the task's own
 
     def published_beside(self, row: Mapping[str, object], fast: bool) -> float | None:
-        """The figure that belongs beside a row, given as {field: value}."""
-        if fast and self.fast_changes_data:
+        """The figure that belongs beside a row, given as {field: value}; the papers keep one z for the whole path."""
+        if (fast and self.fast_changes_data) or row["latent"] == "fresh":
             return None
         conditions = [f.name for f in fields(Published) if f.name != "value"]
         for figure in self.published:
