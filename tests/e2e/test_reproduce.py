@@ -10,6 +10,7 @@ def reproduced(lab, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduce")
     settings = ["training.steps=20", "training.checkpoint_every=20", "diffusion.kl_weight.warmup_steps=10"]
     arguments = ["four_tokens_d2", "--fast", "--seeds", 1, "--runs", folder / "runs", "--output", folder / "results"]
+    arguments += ["--json", folder / "copy.json"]
     arguments += [part for setting in settings for part in ("--set", setting)]
     return folder, arguments, lab.launch("reproduce", *arguments, timeout=300)
 
@@ -22,6 +23,9 @@ def test_the_table_has_every_method_and_number_of_blocks(reproduced):
         (method, blocks) for method in ("mdm", "vmd", "vmd_surrogate") for blocks in (1, 2)
     }
     assert all(row["seeds"] == 1 and row["std"] is None for row in rows)
+    named = ["task", "method", "blocks", "steps", "latent", "metric", "mean", "std", "seeds", "published"]
+    assert all(set(named) <= set(row) and row["scaled_down"] for row in rows)
+    assert json.loads((folder / "copy.json").read_text()) == rows
     published = {row["published"] for row in rows if row["metric"] == "accuracy" and row["steps"] == row["blocks"]}
     assert published == {0.011, 0.8, 0.886}
     assert {row["k"] for row in rows if row["metric"] == "bound_nats"} == {64}

@@ -246,13 +246,16 @@ def test_masking_again_keeps_to_the_schedule(law, groups):
             return ask(tokens, *others, **named)
 
         model.denoiser.forward_block = remember
-    for steps, remask in itertools.product((2, 4, INF), (0.3, 0.9)):
+    for steps, remask in itertools.product((2, 4, 20, INF), (0.3, 0.9)):
         blocks.clear()
         seen = Watched(model, Sampler(steps, law=law, remask=remask), Noise(5), torch.arange(50))
         states = [b for b in blocks if bool((b == 3).any())] if groups > 1 else seen.noisy
-        total = n if steps == INF else min(int(steps), n)
-        schedule = [k * n // total for k in range(total, 0, -1)] * groups
+        total = n if steps == INF else int(steps)
+        masked = [n, *(max(k * n // total, 1) for k in range(total - 1, 0, -1)), 0]  # one stays to the end
+        again = [min(int(remask * (n - before)), after) for before, after in itertools.pairwise(masked)]
+        schedule = [m for m, left, a in zip(masked, masked[1:], again, strict=False) if m + a > left] * groups
         assert [set((b == 3).sum(-1).tolist()) for b in states] == [{m} for m in schedule], (steps, remask)
+        assert len(schedule) > n * groups or (steps, remask) != (20, 0.9)
         assert int(seen.drawn.max()) < 3
 
 

@@ -157,8 +157,8 @@ class _Walk:
         self.model.denoiser.forward_block(block, group, self.past, None, self.attend, clean=True)
 
     def _total(self, count: Tensor) -> int:
-        """Steps to walk: T, but no more than could reveal something by a law that never leaves a step empty."""
-        if self.sampler.steps > self.size and not self._by_coin:
+        """Steps to walk: T, but no more than could change something: one a position, where nothing is masked again."""
+        if self.sampler.steps > self.size and not self._by_coin and not self._masks_again:
             return max(1, int(count.max()))
         return int(self.sampler.steps)
 
@@ -166,10 +166,16 @@ class _Walk:
     def _by_coin(self) -> bool:
         return self.sampler.law == "bernoulli" and not math.isinf(self.sampler.steps)
 
+    @property
+    def _masks_again(self) -> bool:
+        return self.sampler.remask > 0 and not math.isinf(self.sampler.steps)
+
     def _masked_after(self, k: int, count: Tensor, maskable: Tensor, order: Tensor) -> Tensor:
         """How many positions are masked after step k, int64 [B]."""
         if self._by_coin:  # revealed at step floor(u T) + 1: those before step k are left
             return (maskable & (order * self.sampler.steps < k - 1)).sum(-1)
+        if self._masks_again:  # one stays masked to the end: steps beyond one a position still mask and draw again
+            return torch.minimum((count * (k - 1) // int(self.sampler.steps)).clamp(min=int(k > 1)), count)
         return masked_before(k - 1, self.sampler.steps, count)
 
     def _hidden(self, rows: Tensor, group: int, ratio: Tensor) -> Tensor:

@@ -60,10 +60,11 @@ class Result:
     caveat: str | None = None  # why it does not compare with published figures of this protocol
     data: str | None = None  # corpus, tokenizer and rows
     checkpoint: str | None = None  # `checkpoint_id` of what was evaluated; a run that evaluates itself has none yet
+    row_nats: tuple[float, ...] | None = None  # of each row, if asked for: two models are best compared row by row
 
     def to_dict(self) -> dict[str, Any]:
         """Optional values are left out where there are none."""
-        optional = ("vmd_surrogate", "vmd_surrogate_error", "caveat", "data", "checkpoint")
+        optional = ("vmd_surrogate", "vmd_surrogate_error", "caveat", "data", "checkpoint", "row_nats")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
@@ -86,6 +87,7 @@ class Request:
         interval: of t: full, or mdlm_compat, see `diffusion/compat.py`.
         until_error: a random choice of rows, as many as this standard error is likely to need, nats per token; None
             scores all.
+        keep_rows: results hold the nats of each row.
     """
 
     protocol: str
@@ -101,6 +103,7 @@ class Request:
     surrogate: bool = False
     interval: str = "full"
     until_error: float | None = None
+    keep_rows: bool = False
 
 
 def chosen_rows(total: int, limit: int | None) -> np.ndarray:
@@ -212,6 +215,7 @@ def evaluate(
                 vmd_surrogate_error=surrogate_error,
                 caveat=protocol.caveat(reader.manifest, request.split),
                 data=reader.manifest.summary,
+                row_nats=tuple(nats.tolist()) if request.keep_rows else None,
             )
         )
     return results

@@ -23,7 +23,7 @@ def kl_against_p(rows: Sequence[Row], output: Path) -> bool:
 
 
 def against_steps(metric: str, label: str) -> Plot:
-    """A figure of one upper bound against the number of steps, a curve for each method; of several the lowest."""
+    """A figure of one upper bound against the number of steps, a curve for each method; that of the largest K."""
 
     def plot(rows: Sequence[Row], output: Path) -> bool:
         curves: Curves = {}
@@ -32,7 +32,7 @@ def against_steps(metric: str, label: str) -> Plot:
             if r.metric == metric and r.steps != "inf":
                 name = r.method if r.blocks == 1 else f"{r.method}, {r.blocks} blocks"
                 best = tightest.setdefault((name, float(r.steps)), r)
-                tightest[name, float(r.steps)] = min(best, r, key=lambda row: row.mean)
+                tightest[name, float(r.steps)] = max(best, r, key=lambda row: row.k or 0)
         for (name, steps), r in tightest.items():
             curves.setdefault(name, []).append((steps, r.mean, r.std or r.standard_error or 0.0))
         return _save(curves, output, "sampling steps of a row", label, steps=True)

@@ -156,6 +156,7 @@ def bounds(
             seed=SEED,
             micro_batch=min(64, trained.config.training.micro_batch),
             surrogate=with_surrogate,
+            keep_rows=True,
         )
         reader = ShardReader(trained.config.data.shards, split, cache=shard_cache(trained.config.data))
         results = evaluate(trained.model, reader, request, "ema", trained.step)
@@ -173,6 +174,7 @@ def bounds(
                 split=split,
                 k=r.k,
                 standard_error=r.standard_error * (r.perplexity if perplexity else 1 / math.log(2)),
+                row_nats=tuple(nats * r.rows / r.tokens for nats in r.row_nats or ()),
             )
             for r in results
         ]

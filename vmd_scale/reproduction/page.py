@@ -1,7 +1,6 @@
 """docs/results/TASK.md: the table of a task beside the published figures, and how it was made."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from vmd_scale.planning.workload import flops_of
 from vmd_scale.provenance import command
 from vmd_scale.reproduction.runs import Job, Measured
 from vmd_scale.reproduction.task import Measurement, Row, Task
+from vmd_scale.reproduction.verdicts import verdict_table
 from vmd_scale.tokenization import load_tokenizer
 
 WHAT = ("variant", "method", "objective", "blocks", "steps", "latent", "law", "tokens", "split", "metric", "k")
@@ -32,6 +32,7 @@ def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Measured]) -> lis
         what: dict[str, Any] = dict(zip(WHAT, key, strict=True))
         values = [m.value for m in found]
         errors = [m.standard_error for m in found if m.standard_error is not None]
+        nats = [m.row_nats for m in found if m.row_nats]
         rows.append(
             Row(
                 task=task.name,
@@ -41,6 +42,8 @@ def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Measured]) -> lis
                 standard_error=float(np.mean(errors)) if errors else None,
                 seeds=len(values),
                 published=task.published_beside(what, jobs[0].fast),
+                scaled_down=jobs[0].fast,
+                row_nats=tuple(nats) if len(nats) == len(found) else (),
             )
         )
     return rows
@@ -57,12 +60,15 @@ def write_page(
         lines += [f"Scaled down to two CPU cores: `{' '.join(task.fast)}`.", ""]
     if task.plot is not None and task.plot(rows, picture):
         lines += [f"![{task.title}]({picture.name})", ""]
-    lines += [markdown_table(rows), "", cost_table(jobs), "", "Made by", "", f"    {command()}", ""]
+    lines += [markdown_table(rows), ""]
+    if verdicts := verdict_table(task, rows):
+        lines += ["## Goals", "", verdicts, ""]
+    lines += ["## Cost", "", cost_table(jobs), "", "Made by", "", f"    {command()}", ""]
     dates, places = sorted({result.date for result in results}), sorted({result.hardware for result in results})
     lines += [f"between {dates[0]} and {dates[-1]} on {'; '.join(places)}.", ""]
     for path in (folder / f"{task.name}.json", copy):
         if path is not None:
-            write_json(path, [asdict(row) for row in rows])
+            write_json(path, [row.to_dict() for row in rows])
     write_atomically(page, "\n".join(lines))
     return page
 

@@ -1,8 +1,9 @@
 """What a reference task is made of: data, methods, measurements and published figures."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.config import Config, DataConfig
@@ -21,6 +22,7 @@ class Measurement:
     split: str = ""
     k: int | None = None  # importance samples of a bound
     standard_error: float | None = None  # of the estimate, for this one model
+    row_nats: tuple[float, ...] | None = None  # nats per token of each row, of a bound
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,27 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What a measurement should reach: a limit, or more than the same measurement of another method.
+
+    Of the ways to take tokens the better one counts, unless named; of bounds that with the largest K.
+    """
+
+    metric: str
+    steps: int | str
+    at_most: float | None = None
+    at_least: float | None = None
+    better_than: str | None = None  # a method
+    slack: int = 0  # so many standard errors beyond the limit do no harm
+    method: str = "vmd"
+    blocks: int = 1
+    variant: str | None = None
+    law: str | None = None
+    tokens: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the table: mean and spread of a measurement over seeds."""
 
@@ -80,6 +103,12 @@ class Row:
     standard_error: float | None  # of one model's estimate, their mean
     seeds: int
     published: float | None
+    scaled_down: bool = False
+    row_nats: tuple[tuple[float, ...], ...] = ()  # of each seed's model, where all have them
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the JSON file, without what belongs to single rows of the data."""
+        return {k: v for k, v in asdict(self).items() if k != "row_nats"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +144,7 @@ class Task:
     fast_changes_data: bool = False  # so that no published figure compares with what it gives
     variants: tuple[str, ...] = ("",)  # "" for the configuration's own
     published: tuple[Published, ...] = ()
+    goals: tuple[Goal, ...] = ()
     notes: tuple[str, ...] = ()
     plot: Plot | None = None
     other_data: Callable[[Config, Sizes], dict[str, DataConfig]] = no_other_data  # measured on, beside the task's own
