@@ -61,6 +61,8 @@ def main() -> None:
     steps = parse_step_list(args.steps, "--steps")
     trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
     prompt, a = prompt_tokens(args.prompt, trained), trained.model.architecture
+    if blind_holes(prompt, a):
+        print(f"note: drawn block after block ({a.row_length // a.groups} tokens), a hole does not see later blocks\n")
     records = []
     for wanted, name in zip(steps, args.steps.split(","), strict=True):
         sampler = make_sampler(wanted, args, trained.config.diffusion.paths)
@@ -97,6 +99,13 @@ def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
     if len(ids) > room:
         raise UserError(f"--prompt: {len(ids)} tokens; of the {data.row_length} of a row it may have {room}")
     return torch.tensor(ids)
+
+
+def blind_holes(prompt: torch.Tensor, a: Architecture) -> bool:
+    """Whether tokens are given in a later block than that of a hole, which is drawn without a look at them."""
+    blocks = torch.arange(len(prompt)) // (a.row_length // a.groups)
+    holes, given = blocks[prompt == a.mask_id], blocks[prompt != a.mask_id]
+    return len(holes) > 0 and len(given) > 0 and bool(holes.min() < given.max())
 
 
 def given_rows(prompt: torch.Tensor, some: torch.Tensor, a: Architecture) -> tuple[torch.Tensor, ...]:

@@ -174,3 +174,16 @@ def test_label_probabilities_are_those_of_the_one_step_sampler(latent_width):
         for row, at in ((0, (2, 3)), (1, (1, 2))):
             wanted = torch.stack([sum(p[row, i, s] for i, s in zip(at, label, strict=True)) for label in labels])
             torch.testing.assert_close(logs[row], wanted.detach())
+
+
+def test_a_hole_of_an_earlier_block_does_not_see_what_is_given_later():
+    blind_holes = runpy.run_path(str(Path(__file__).resolve().parents[2] / "launchers" / "sample.py"))["blind_holes"]
+    for groups, prompt, blind in (
+        (1, [3, 0, 1, 2], False),
+        (2, [3, 0, 1], False),  # the same block
+        (2, [3, 0, 1, 2], True),
+        (2, [0, 0, 1, 3, 3, 3], False),
+        (2, [3, 3, 3, 3], False),
+        (2, [], False),
+    ):
+        assert blind_holes(torch.tensor(prompt, dtype=torch.int64), architecture(row_length=6, groups=groups)) == blind

@@ -64,7 +64,8 @@ def sample(
 
     Args:
         numbers: int64 [B], which rows of this seed, on the host.
-        given: int64 [B, L], tokens to keep where `maskable` is false (infilling); None starts from all masks.
+        given: int64 [B, L], tokens to keep where `maskable` is false (infilling); None starts from all masks. With
+            blocks, which are drawn one after the other, those of later blocks are kept but not looked at.
         maskable: bool [B, L], positions to draw; None draws all.
         attend: bool [B, L], false at padding.
 
