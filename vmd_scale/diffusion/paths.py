@@ -35,6 +35,11 @@ def confidence(logits: Tensor, law: str) -> Tensor:
     return first - second[0] if law == "margin" and second else first
 
 
+def finite_steps(steps: float, count: Tensor) -> int:
+    """T made finite: as many steps as some row has positions are enough, where no step is left empty by chance."""
+    return int(min(steps, max(1, int(count.max()))))
+
+
 def masked_before(k: int, steps: float, count: Tensor) -> Tensor:
     """Masked positions before step k of T, of `count` in all: one a step where there are no more than T, int64.
 
@@ -82,8 +87,8 @@ def reveal_steps(u: Tensor, maskable: Tensor, steps: float, law: str) -> tuple[T
     if law == "bernoulli" and steps != math.inf:
         return (u * steps).long().add_(1).masked_fill_(~maskable, 0), int(steps)
     ranks = random_ranks(u, maskable)
-    total = int(min(steps, max(1, int(maskable.sum(-1).max()))))
     count = maskable.sum(-1, keepdim=True).clamp(min=1)
+    total = finite_steps(steps, count)
     # Masked before step k  <=>  rank <= floor(k n / T)  <=>  k >= ceil(rank T / n). A group with fewer positions than
     # steps reveals one a step, the last ones first: its steps do not depend on the groups beside it.
     return torch.where(count <= total, ranks, (ranks * total + count - 1) // count), total

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, highest, masked_before
+from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, finite_steps, highest, masked_before
 from vmd_scale.diffusion.tokens import confidence_of, draw_from
 from vmd_scale.model import VMD
 from vmd_scale.model.layers import KeyValues
@@ -158,10 +158,9 @@ class _Walk:
         self.model.denoiser.forward_block(block, group, self.past, None, self.attend, clean=True)
 
     def _total(self, count: Tensor) -> int:
-        """Steps to walk: T, but no more than could change something: one a position, where nothing is masked again."""
-        if self.sampler.steps > self.size and not self._by_coin and not self._masks_again:
-            return max(1, int(count.max()))
-        return int(self.sampler.steps)
+        """Steps to walk: T, but no more than could change something."""
+        all_needed = self._by_coin or self._masks_again
+        return int(self.sampler.steps) if all_needed else finite_steps(self.sampler.steps, count)
 
     @property
     def _by_coin(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vmd_scale.diffusion.paths import highest, masked_before, reveal_steps
+from vmd_scale.diffusion.paths import finite_steps, highest, masked_before, reveal_steps
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.diffusion.tokens import confidence_of
 from vmd_scale.model import VMD
@@ -46,8 +46,7 @@ class ReplayedPath:
     def __init__(self, maskable: Tensor, groups: int, sampler: Sampler) -> None:
         self.sampler, self.groups, self.masked = sampler, groups, maskable
         self.count = maskable.view(len(maskable), groups, -1).sum(-1)
-        size = maskable.shape[1] // groups
-        self.total = max(1, int(self.count.max())) if sampler.steps > size else int(sampler.steps)
+        self.total = finite_steps(sampler.steps, self.count)
 
     def reveals(self, k: int) -> Tensor:
         return self._number(k) > 0
