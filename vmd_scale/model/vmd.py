@@ -36,6 +36,16 @@ class VMD(nn.Module):
         networks = (self.denoiser, self.encoder, self.prior_network)
         return [network.blocks for network in networks if network is not None]
 
+    @property
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weights of attention and MLPs, which map hidden states to hidden states: what Muon is for."""
+        return [
+            p
+            for stack in self.stacks
+            for name, p in stack.named_parameters()
+            if p.dim() == 2 and ".modulation." not in name
+        ]
+
     def checkpoint_activations(self, kind: str) -> None:
         """What the backward pass computes again instead of keeping it: see `Stack.checkpoint_activations`."""
         for stack in self.stacks:

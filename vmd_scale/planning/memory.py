@@ -62,13 +62,15 @@ def memory_of(
     shard = {part: world_size if stage >= first else 1 for part, first in SHARDED_FROM.items()}
     kept = kept or kept_of(config, a, precision)
     parameters = kept.parameters
+    # Muon has one moment, Adam two. Its workspace, of one matrix at a time, comes after the activations and is smaller.
+    by_muon = sum(p.numel() for p in without_memory(a).hidden_matrices) if config.training.optimizer == "muon" else 0
     bucket = float(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
     activations = rows * (denoiser_passes(config) * (kept.denoiser + kept.recomputed) + kept.encoder)
     logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, config.diffusion.objective != "iw", stage)
     return Memory(
         weights=low * parameters / shard["weights"],
         gradients=4 * parameters / shard["gradients"],
-        optimizer=(8 + (4 if stage > 0 else 0)) * parameters / shard["optimizer"],
+        optimizer=((8 + (4 if stage > 0 else 0)) * parameters - 4 * by_muon) / shard["optimizer"],
         ema=(4 * parameters / shard["optimizer"]) if config.training.ema_decay else 0.0,
         buffers=buffers_of(stage, low, parameters, bucket, activations + logits),
         activations=activations,

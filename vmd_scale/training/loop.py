@@ -29,7 +29,7 @@ from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
 from vmd_scale.training.faults import SpikeDetector, Watchdog
 from vmd_scale.training.launch import World
-from vmd_scale.training.optim import learning_rate_at
+from vmd_scale.training.optim import learning_rate_at, set_learning_rates
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
 from vmd_scale.training.same_run import check_same_run
@@ -268,8 +268,7 @@ class Trainer:
     def _step(self, step: int, batches: list[TrainingInputs], telemetry: Telemetry) -> torch.Tensor:
         """One optimizer step. Returns this rank's sums [total, reconstruction, KL, tokens], float64, on the device."""
         config, engine = self.config, self.engine
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config.training)
+        set_learning_rates(engine.optimizer.param_groups, step, config.training)
         counted = self._count_tokens(batches)
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over the global number of tokens.
         scale = len(batches) * self.world.size / counted
