@@ -250,7 +250,12 @@ class EvaluationConfig(Section):
 
 
 class TelemetryConfig(Section):
-    log_every: int = Field(default=50, ge=1, description="steps between records; only then is the device waited for")
+    log_every: int = Field(
+        default=50,
+        ge=1,
+        description="steps between records; the loop waits for the device only then, DeepSpeed's optimizer once or "
+        "twice a step: is the gradient finite, is it clipped",
+    )
     wandb: Literal["disabled", "offline", "online"] = Field(
         default="disabled", description="never needed: without it, or without a network, the run goes on"
     )

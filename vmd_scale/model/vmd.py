@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
+from vmd_scale.model.attention import kernel_name
 from vmd_scale.model.denoiser import Denoiser
 from vmd_scale.model.encoder import Encoder, Gaussian, Posterior, ScaledGradient
 from vmd_scale.model.head import masked_nll, pieces_of, weighted_nll
@@ -35,6 +36,15 @@ class VMD(nn.Module):
         """Of the networks that there are."""
         networks = (self.denoiser, self.encoder, self.prior_network)
         return [network.blocks for network in networks if network is not None]
+
+    def attention_kernels(self, dtype: torch.dtype, padded: bool) -> dict[str, str]:
+        """Their names, by network. `padded`: whether rows have padding, which no varlen kernel leaves out."""
+        networks = {"denoiser": self.denoiser, "encoder": self.encoder, "prior": self.prior_network}
+        return {
+            name: kernel_name(network.blocks.kernel, dtype, padded)
+            for name, network in networks.items()
+            if network is not None
+        }
 
     @property
     def hidden_matrices(self) -> list[nn.Parameter]:

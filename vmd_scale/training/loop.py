@@ -20,7 +20,6 @@ from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
-from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
@@ -65,7 +64,9 @@ class Trainer:
             world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
         self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
         self.objective = parts.objective(config, tokenizer.vocab_size)
-        log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        kernels = model.attention_kernels(dtype, config.data.packing == "pad")
+        log.info("precision %s, attention: %s", self.precision, ", ".join(f"{k} by {v}" for k, v in kernels.items()))
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
