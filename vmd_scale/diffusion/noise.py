@@ -34,7 +34,8 @@ def _in_pieces(draw: Callable[[np.ndarray], T], rows: np.ndarray, blocks: int) -
     pieces = (rows[start : start + size] for start in starts)
     threads = min(THREADS, torch.get_num_threads())
     parallel = len(starts) > 1 and threads > 1
-    return zip(starts, (_pool(threads, os.getpid()).map if parallel else map)(draw, pieces), strict=True)
+    drawn = _pool(threads, os.getpid()).map(draw, pieces) if parallel else map(draw, pieces)
+    return zip(starts, drawn, strict=True)
 
 
 @functools.cache

@@ -39,7 +39,11 @@ class VMD(nn.Module):
 
     def attention_kernels(self, dtype: torch.dtype, padded: bool) -> dict[str, str]:
         """Their names, by network. `padded`: whether rows have padding, which no varlen kernel leaves out."""
-        networks = {"denoiser": self.denoiser, "encoder": self.encoder, "prior": self.prior_network}
+        networks: dict[str, Denoiser | Encoder | None] = {
+            "denoiser": self.denoiser,
+            "encoder": self.encoder,
+            "prior": self.prior_network,
+        }
         return {
             name: kernel_name(network.blocks.kernel, dtype, padded)
             for name, network in networks.items()

@@ -118,7 +118,8 @@ class ShardedMaster:
             self._inner.state.pop(owner, None)
             if not names:  # there was no update yet; a state without moments would not be made whole
                 continue
-            group, state = groups[id(owner)], {}
+            group = groups[id(owner)]
+            state: dict[str, Tensor] = {}
             orthogonalized = group.get("use_muon", False)
             if not orthogonalized:
                 state["step"] = torch.tensor(float(updates), device=owner.device if group.get("fused") else "cpu")
