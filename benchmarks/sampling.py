@@ -54,6 +54,7 @@ def main() -> None:
                 for name, seconds in medians(times).items()
             }
             result[f"batch {batch}, T = {steps}"] = {**found, "vmd_of_mdm": ratio(times, "mdm", "vmd")}
+            report.save("sampling", result)
             rows.append(
                 (f"{batch}, {steps}", *(v for of in found.values() for v in of.values()), ratio(times, "mdm", "vmd"))
             )

@@ -191,7 +191,16 @@ class TrainingConfig(Section):
     steps: int = Field(ge=1, description="optimizer steps of the run")
     global_batch: int = Field(ge=1, description="rows in an optimizer step, over all ranks and accumulation")
     micro_batch: int = Field(ge=1, description="rows in one forward on one rank")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: DeepSpeed's, for the matrices of attention and MLPs; AdamW for all else. With bf16 it needs "
+        "ZeRO stage 1, with fp32 stage 0",
+    )
     learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, after warmup_steps")
+    muon_learning_rate: float = Field(
+        default=0.02, gt=0, description="of Muon's matrices: the length of an update is this, whatever the gradient's"
+    )
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon's matrices")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="after warmup_steps; a pure function of the step"
     )
@@ -241,7 +250,12 @@ class EvaluationConfig(Section):
 
 
 class TelemetryConfig(Section):
-    log_every: int = Field(default=50, ge=1, description="steps between records; only then is the device waited for")
+    log_every: int = Field(
+        default=50,
+        ge=1,
+        description="steps between records; the loop waits for the device only then, DeepSpeed's optimizer once or "
+        "twice a step: is the gradient finite, is it clipped",
+    )
     wandb: Literal["disabled", "offline", "online"] = Field(
         default="disabled", description="never needed: without it, or without a network, the run goes on"
     )
@@ -318,6 +332,8 @@ class Config(Section):
         if training.init_from is None and (training.trainable or training.lora):
             key = "trainable" if training.trainable else "lora"
             raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
+        if training.optimizer == "muon" and training.lora is not None:
+            raise ValueError("training.optimizer 'muon' is for whole matrices: with training.lora leave it at 'adamw'")
         if training.fp8 and training.lora is not None:
             raise ValueError("training.fp8 replaces the linear layers that training.lora adapts: leave one of them out")
         if training.fp8 and training.micro_batch * self.data.row_length % 16:  # what fp8 matrix products are made of

@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command, timeout=300, first_on_path=None, expected=0):
+def run(*command, timeout=300, first_on_path=None, expected=0, cwd=ROOT):
     path = os.pathsep.join(map(str, filter(None, (first_on_path, ROOT))))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == expected, (done.stdout + done.stderr)[-3000:]
     return done.stdout
@@ -81,6 +81,25 @@ def test_gpu_check_begins_nothing_that_it_could_not_end(tmp_path):
     found = json.loads(file.read_text())
     assert "packages" in found["environment"]
     assert "needed" in found["sampling"]["skipped"]
+
+
+SMOKE = {
+    "attention": (["--lengths", "32", "--rows", "1", "--heads", "1", "--width", "8", "--rounds", "1"], "length 32"),
+    "sampling": (["--steps", "2", "--batches", "1", "--vocab", "27", "--rounds", "1"], "sampling"),
+    "train_step": (
+        ["--rows", "1", "--rounds", "1", "--vocab", "300", "27"],
+        "overhead of DeepSpeed, loop and telemetry",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_benchmark_writes_what_it_found_and_a_page_beside(name, tmp_path):
+    arguments, part = SMOKE[name]
+    file = tmp_path / "found.json"
+    run(ROOT / "benchmarks" / f"{name}.py", *arguments, "--json", file, cwd=tmp_path)
+    assert json.loads(file.read_text())[part]
+    assert f"benchmarks/{name}.py" in (tmp_path / "found.md").read_text()
 
 
 def test_chaos_breaks_a_run_finds_it_unharmed_and_counts_what_was_made_again(lab, tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tiny_models import architecture
 
+from vmd_scale.model import VMD, encoder, layers
 from vmd_scale.model import attention as module
-from vmd_scale.model import layers
 from vmd_scale.model.attention import (
     Documents,
     Flash,
@@ -36,6 +37,19 @@ def with_gradients(qkv, mask, kernel):
 
 def far(one, other):
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(one, other, strict=True))
+
+
+def test_the_log_names_the_kernel_that_really_runs(monkeypatch):
+    """Of every network; flash-attn has neither fp32 nor padding, block masks are FlexAttention's business."""
+    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(3, None, None))
+    monkeypatch.setattr(encoder, "choose_kernel", lambda *_, **__: "flash")
+    a = architecture(groups=3, attention="flex", encoder_layers=1)
+    model = VMD(a)
+    assert model.attention_kernels(torch.bfloat16, padded=False) == {"denoiser": "flex", "encoder": "flash-attn 3"}
+    for dtype, padded in ((torch.float32, False), (torch.bfloat16, True)):
+        assert model.attention_kernels(dtype, padded) == {"denoiser": "flex", "encoder": "PyTorch SDPA"}
+    model = VMD(architecture(attention="reference", latent_width=0))
+    assert model.attention_kernels(torch.float32, padded=False) == {"denoiser": "reference"}
 
 
 # ---- documents

@@ -72,6 +72,19 @@ def test_flex_attention_equals_the_dense_mask(padded):
     assert not close(results[1][0][scored], unmasked[scored], 1e-2)
 
 
+def test_with_padding_flex_attention_looks_inside_every_tile_that_is_not_empty():
+    """A tile that it took for a whole one would not be asked for its padding. Tiles are 128 wide."""
+    length, groups = 512, 8
+    attend = torch.arange(length) < torch.tensor([512, 300])[:, None]
+    mask = block_diffusion_mask(length, groups, attend, "flex", torch.device("cpu"))
+    dense = block_diffusion_mask(length, groups, attend, "sdpa", torch.device("cpu"))
+    assert mask.full_kv_num_blocks is None or not mask.full_kv_num_blocks.any()
+    wanted = dense.unflatten(2, (-1, 128)).unflatten(4, (-1, 128)).any(5).any(3)
+    visited = mask.to_dense().bool()
+    assert not (wanted & ~visited).any()
+    assert 0 < visited.sum() < 0.6 * visited.numel()
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_whole_model_is_the_same_with_flex(name, padded):

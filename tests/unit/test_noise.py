@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import numpy as np
@@ -68,6 +69,31 @@ def test_everything_in_the_name_of_a_number_matters():
         u = Noise(name["seed"]).uniform(name["stream"], name["step"], np.array([name["row"]]), (64,))
         values += u.flatten().tolist()
     assert len(set(values)) == 64 * (1 + len(others))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_pieces_and_threads_change_no_bit(monkeypatch, kind, threads):
+    """Much noise is drawn in pieces, by several threads: each row is as if it were drawn alone."""
+    monkeypatch.setattr("vmd_scale.diffusion.noise.PIECE", 40)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    rows = torch.tensor([5, 3, 2**31, 7, 0, 11, 12])
+    for shape in ((4, 4), (4, 41), (0,)):
+        together = getattr(Noise(9), kind)(Stream.LATENT, 1, rows, shape)
+        assert together.is_contiguous()
+        alone = [getattr(Noise(9), kind)(Stream.LATENT, 1, np.array([row]), shape) for row in rows]
+        assert torch.equal(together, torch.cat(alone))
+
+
+def test_the_noise_of_a_seed_is_that_of_every_version():
+    """Or a run that was begun with another version could not go on: integers are exact, the rest is Box-Muller."""
+    u = Noise(2**40 + 3).uniform(Stream.LATENT, 2**33 + 7, torch.arange(3, 40, 7), (65, 3))
+    assert hashlib.sha256(u.numpy().astype("<f8").tobytes()).hexdigest()[:16] == "907de825766dbe52"
+    x = Noise(2**40 + 3).normal(Stream.LATENT, 2**33 + 7, torch.arange(3, 40, 7), (65, 3))
+    pairs = Noise(2**40 + 3).uniform(Stream.LATENT, 2**33 + 7, torch.arange(3, 40, 7), (98, 2)).numpy()
+    radius, angle = np.sqrt(-2 * np.log(pairs[..., 0])), 2 * np.pi * pairs[..., 1]
+    both = np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(6, -1)[:, : 65 * 3]
+    np.testing.assert_allclose(x.numpy().reshape(6, -1), both, rtol=1e-6, atol=1e-7)
 
 
 def test_uniform_is_uniform_and_uncorrelated():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from vmd_scale.build import build_architecture, build_model, build_objective
 from vmd_scale.config import parse_config
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import head
+from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPUS, peak_flops
-from vmd_scale.planning.memory import activations_of_row, count_parameters, memory_of, without_memory
+from vmd_scale.planning.memory import activations_of_row, count_parameters, logits_bytes, memory_of, without_memory
 from vmd_scale.planning.peaks import peak_bytes
 from vmd_scale.planning.plan import Plan
 from vmd_scale.planning.workload import denoiser_passes, masked_share
@@ -141,6 +143,16 @@ def test_predicted_memory_is_the_measured_peak(name):
     assert predicted.gradients == sum(p.grad.nbytes for p in model.parameters()) == 4 * parameters
     assert predicted.weights == 4 * parameters
     assert predicted.activations + predicted.logits == pytest.approx(measured, rel=0.1)
+
+
+def test_uncompiled_logits_in_bf16_are_fp32_twice():
+    """Above the logits themselves; the fused loss of a chunk, as it is without a compiler."""
+    logits, targets, weight = torch.randn(64, 4096).bfloat16(), torch.zeros(64, dtype=torch.int64), torch.ones(64)
+    measured = peak_bytes(lambda: _nll_and_gradient(logits, targets, weight), torch.device("cpu"))
+    a = replace(build_architecture(config_of(), VOCABULARY), vocab_size=4096, row_length=2**15, width=1)
+    one, two = (logits_bytes(a, rows, 0.5, 2, False, True, 1, compiled=False) for rows in (1, 2))
+    assert one == two  # a chunk, whatever the batch
+    assert one / CHUNK_ELEMENTS - 2 == pytest.approx(measured / logits.numel(), rel=0.02)
 
 
 def test_the_optimizer_keeps_what_the_plan_says():

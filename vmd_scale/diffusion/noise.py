@@ -5,9 +5,14 @@ are made on the host, so that a CPU and a GPU see the same ones too.
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """
 
+import functools
 import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +22,26 @@ _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
+THREADS = 4  # of the host, at most, that draw noise together
+PIECE = 2**14  # counters at a time: what is computed of them stays in a core's cache
+T = TypeVar("T")
+
+
+def _in_pieces(draw: Callable[[np.ndarray], T], rows: np.ndarray, blocks: int) -> Iterator[tuple[int, T]]:
+    """What `draw` gives for some rows after the other, and the first of these. Several threads where it is much."""
+    size = max(1, PIECE // max(1, blocks))
+    starts = range(0, len(rows), size)
+    pieces = (rows[start : start + size] for start in starts)
+    threads = min(THREADS, torch.get_num_threads())
+    parallel = len(starts) > 1 and threads > 1
+    drawn = _pool(threads, os.getpid()).map(draw, pieces) if parallel else map(draw, pieces)
+    return zip(starts, drawn, strict=True)
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Of this process: one that was forked has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="noise")
 
 
 class Stream(IntEnum):
@@ -33,14 +58,23 @@ class Stream(IntEnum):
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox4x32-10: uint64 [4, n] counters of 32 bits each and a key of two 32-bit words -> uint64 [4, n] words."""
-    c0, c1, c2, c3 = counter
+    words = counter.copy()
+    c0, c1, c2, c3 = words
+    product0, product1 = np.empty_like(words[:2])
     k0, k1 = (np.uint64(word) for word in key)
-    for _ in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (product1 >> _32) ^ c1 ^ k0, product1 & _LOW
-        c2, c3 = (product0 >> _32) ^ c3 ^ k1, product0 & _LOW
+    for _ in range(10):  # in place: new memory would cost more than the arithmetic
+        np.multiply(c0, _MULTIPLIERS[0], out=product0)
+        np.multiply(c2, _MULTIPLIERS[1], out=product1)
+        np.right_shift(product1, _32, out=c0)
+        c0 ^= c1
+        c0 ^= k0
+        np.bitwise_and(product1, _LOW, out=c1)
+        np.right_shift(product0, _32, out=c2)
+        c2 ^= c3
+        c2 ^= k1
+        np.bitwise_and(product0, _LOW, out=c3)
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return np.stack((c0, c1, c2, c3))
+    return words
 
 
 @dataclass(frozen=True)
@@ -56,9 +90,30 @@ class Noise:
             step: training step, or number of the draw: 0 <= step < 2**56.
             rows: int64, each below 2**32: position in the global batch, or number of the row.
         """
-        rows = np.asarray(rows, dtype=np.uint64)
-        per_row = math.prod(shape)
-        blocks = (per_row + 1) // 2  # one counter gives four words, two doubles
+        rows, per_row = np.asarray(rows, dtype=np.uint64), math.prod(shape)
+        blocks = (per_row + 1) // 2
+        values = np.empty((len(rows), blocks, 2))
+        for first, pair in _in_pieces(lambda some: self._pairs(stream, step, some, blocks), rows, blocks):
+            values[first : first + pair.shape[1]] = pair.transpose(1, 2, 0)
+        return torch.from_numpy(values).flatten(1)[:, :per_row].contiguous().view(len(rows), *shape)
+
+    def normal(self, stream: Stream, step: int, rows: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (Box-Muller), fp32 [len(rows), *shape]."""
+        rows, per_row = np.asarray(rows, dtype=np.uint64), math.prod(shape)
+        blocks = (per_row + 1) // 2
+        values = torch.empty(len(rows), blocks, 2)
+
+        def draw(some: np.ndarray) -> tuple[Tensor, Tensor]:
+            u, v = torch.from_numpy(self._pairs(stream, step, some, blocks))
+            radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
+            return radius * angle.cos(), radius.mul_(angle.sin_())
+
+        for first, (x, y) in _in_pieces(draw, rows, blocks):
+            values[first : first + len(x), :, 0], values[first : first + len(x), :, 1] = x, y
+        return values.flatten(1)[:, :per_row].contiguous().view(len(rows), *shape)
+
+    def _pairs(self, stream: Stream, step: int, rows: np.ndarray, blocks: int) -> np.ndarray:
+        """Uniform float64 [2, len(rows), blocks]: one counter gives four words, two doubles."""
         counter = np.empty((4, len(rows), blocks), dtype=np.uint64)
         counter[0] = np.arange(blocks, dtype=np.uint64)
         counter[1] = rows[:, None]
@@ -66,18 +121,14 @@ class Noise:
         counter[3] = (step >> 32) << 8 | int(stream)
         words = philox(counter.reshape(4, -1), (self.seed & 0xFFFFFFFF, self.seed >> 32))
         high, low = words[0::2], words[1::2]
-        integers = (high >> np.uint64(6)) << np.uint64(26) | low >> np.uint64(6)  # 52 bits
-        values = (integers.astype(np.float64) + 0.5) * 2.0**-52
-        values = values.reshape(2, len(rows), blocks).transpose(1, 2, 0).reshape(len(rows), -1)
-        return torch.from_numpy(np.ascontiguousarray(values[:, :per_row])).view(len(rows), *shape)
-
-    def normal(self, stream: Stream, step: int, rows: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal (Box-Muller), fp32 [len(rows), *shape]."""
-        per_row = math.prod(shape)
-        u = self.uniform(stream, step, rows, ((per_row + 1) // 2, 2))
-        radius, angle = (-2 * u[..., 0].log()).sqrt(), 2 * math.pi * u[..., 1]
-        values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
-        return values[:, :per_row].reshape(-1, *shape).float()
+        high >>= np.uint64(6)
+        high <<= np.uint64(26)
+        low >>= np.uint64(6)
+        high |= low  # 52 bits
+        values = high.astype(np.float64)
+        values += 0.5
+        values *= 2.0**-52
+        return values.reshape(2, len(rows), blocks)
 
     def integer(self, stream: Stream, step: int, row: int) -> int:
         """One integer in [0, 2**52), to seed a generator that is not ours (dropout)."""

@@ -1,6 +1,6 @@
 """The noise of ``vmd_scale/diffusion/noise.py`` for an exported folder: the same numbers, made by torch alone.
 
-Training makes them with numpy, which is twice as fast; an exported folder needs torch and safetensors only. A test
+Training makes them with numpy, which is faster; an exported folder needs torch and safetensors only. A test
 holds the two against each other, bit for bit.
 """
 

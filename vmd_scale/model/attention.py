@@ -90,10 +90,14 @@ def flash_available() -> bool:
     return flash_kernels() is not None
 
 
-def kernel_name(kernel: str) -> str:
-    """For the log."""
-    flash = flash_kernels() if kernel == "flash" else None
-    return f"flash-attn {flash.version}" if flash is not None else {"sdpa": "PyTorch SDPA"}.get(kernel, kernel)
+def kernel_name(kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked: bool = False) -> str:
+    """For the log: what `attention` takes. `masked`: whether positions are left out, by a mask that is a tensor."""
+    flash = flash_kernels() if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
+    if flash is not None:
+        if dtype in (torch.bfloat16, torch.float16) and not masked:
+            return f"flash-attn {flash.version}"
+        kernel = "sdpa"
+    return "PyTorch SDPA" if kernel == "sdpa" else str(kernel)
 
 
 def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:
@@ -212,7 +216,15 @@ def block_diffusion_mask(length: int, groups: int, attend: Tensor | None, kernel
     def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return _sees(query, key, length, groups) & seen[b, key]
 
-    return create_block_mask(allowed, len(attend), None, 2 * length, 2 * length, device)
+    number, index = _flex_tiles(length, groups, device)  # padding is looked at inside of them: nothing is made anew
+    return BlockMask.from_kv_blocks(number, index, mask_mod=allowed, seq_lengths=(2 * length, 2 * length))
+
+
+@functools.lru_cache(maxsize=4)
+def _flex_tiles(length: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each row of tiles, in how many anybody sees anything without padding, and the numbers of these first."""
+    tiles = _flex_mask(length, groups, device).to_dense()
+    return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
+from vmd_scale.model.attention import kernel_name
 from vmd_scale.model.denoiser import Denoiser
 from vmd_scale.model.encoder import Encoder, Gaussian, Posterior, ScaledGradient
 from vmd_scale.model.head import masked_nll, pieces_of, weighted_nll
@@ -35,6 +36,29 @@ class VMD(nn.Module):
         """Of the networks that there are."""
         networks = (self.denoiser, self.encoder, self.prior_network)
         return [network.blocks for network in networks if network is not None]
+
+    def attention_kernels(self, dtype: torch.dtype, padded: bool) -> dict[str, str]:
+        """Their names, by network. `padded`: whether rows have padding, which no varlen kernel leaves out."""
+        networks: dict[str, Denoiser | Encoder | None] = {
+            "denoiser": self.denoiser,
+            "encoder": self.encoder,
+            "prior": self.prior_network,
+        }
+        return {
+            name: kernel_name(network.blocks.kernel, dtype, padded)
+            for name, network in networks.items()
+            if network is not None
+        }
+
+    @property
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """Weights of attention and MLPs, which map hidden states to hidden states: what Muon is for."""
+        return [
+            p
+            for stack in self.stacks
+            for name, p in stack.named_parameters()
+            if p.dim() == 2 and ".modulation." not in name
+        ]
 
     def checkpoint_activations(self, kind: str) -> None:
         """What the backward pass computes again instead of keeping it: see `Stack.checkpoint_activations`."""

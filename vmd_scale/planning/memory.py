@@ -62,13 +62,17 @@ def memory_of(
     shard = {part: world_size if stage >= first else 1 for part, first in SHARDED_FROM.items()}
     kept = kept or kept_of(config, a, precision)
     parameters = kept.parameters
+    # Muon has one moment, Adam two. Its workspace, of one matrix at a time, comes after the activations and is smaller.
+    by_muon = sum(p.numel() for p in without_memory(a).hidden_matrices) if config.training.optimizer == "muon" else 0
     bucket = float(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
     activations = rows * (denoiser_passes(config) * (kept.denoiser + kept.recomputed) + kept.encoder)
-    logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, config.diffusion.objective != "iw", stage)
+    compiled = on_gpu and config.training.compile
+    weighted = config.diffusion.objective != "iw"
+    logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, weighted, stage, compiled)
     return Memory(
         weights=low * parameters / shard["weights"],
         gradients=4 * parameters / shard["gradients"],
-        optimizer=(8 + (4 if stage > 0 else 0)) * parameters / shard["optimizer"],
+        optimizer=((8 + (4 if stage > 0 else 0)) * parameters - 4 * by_muon) / shard["optimizer"],
         ema=(4 * parameters / shard["optimizer"]) if config.training.ema_decay else 0.0,
         buffers=buffers_of(stage, low, parameters, bucket, activations + logits),
         activations=activations,
@@ -96,7 +100,7 @@ def buffers_of(stage: int, low: int, parameters: int, bucket: float, freed: floa
 
 
 def logits_bytes(
-    a: Architecture, rows: int, masked: float, low: int, on_gpu: bool, weighted: bool, stage: int
+    a: Architecture, rows: int, masked: float, low: int, on_gpu: bool, weighted: bool, stage: int, compiled: bool
 ) -> float:
     """Logits of a chunk, their log-probabilities in fp32, and the gradient of the head (see model/head.py)."""
     positions = rows * a.row_length
@@ -107,7 +111,8 @@ def logits_bytes(
         chunk = min(wanted, CHUNK_ELEMENTS)
         return chunk * (4 * 3 + (low if low < 4 else 0))
     chunk = min(wanted, GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS)
-    return chunk * (4 + low) + (4 + low) * a.vocab_size * a.width
+    # Uncompiled, logits in `low` are made fp32 before their log-probabilities are.
+    return chunk * (low + (8 if low < 4 and not compiled else 4)) + (4 + low) * a.vocab_size * a.width
 
 
 @dataclass(frozen=True)

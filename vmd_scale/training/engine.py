@@ -94,6 +94,8 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
             "in DeepSpeed 0.19; use stage 1"
         )
     zero = result.get("zero_optimization", {})
+    if training.optimizer == "muon":
+        _check_muon(precision, stage, result)
     if zero.get("round_robin_gradients"):
         raise UserError(
             "deepspeed.zero_optimization.round_robin_gradients: checkpoints do not know its layout; leave it out"
@@ -113,6 +115,30 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     result.setdefault("zero_allow_untested_optimizer", True)
     result.setdefault("steps_per_print", 2**62)
     return result
+
+
+def _check_muon(precision: str, stage: int, settings: dict[str, Any]) -> None:
+    """Muon as it is published is in two of DeepSpeed 0.19's optimizers: BF16_Optimizer, and that without ZeRO.
+
+    The others clip after they have orthogonalized: the length of an update would depend on training.gradient_clip and
+    on the number of matrices, and nothing would know the gradient's norm.
+
+    Raises:
+        UserError: another one would be used.
+    """
+    wanted = {"bf16": 1, "fp32": 0}[precision]
+    if stage != wanted:
+        raise UserError(
+            f"training.optimizer 'muon' with training.precision {precision!r} needs deepspeed.zero_optimization.stage "
+            f"{wanted}, found {stage}: in the others DeepSpeed 0.19 clips the orthogonalized update, not the gradient"
+        )
+    if (settings.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none") != "none":
+        raise UserError("training.optimizer 'muon' contradicts deepspeed.zero_optimization.offload_optimizer")
+    accumulated = settings.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if accumulated != "fp32":
+        raise UserError(
+            f"training.optimizer 'muon' contradicts deepspeed.data_types.grad_accum_dtype {accumulated!r}; leave it out"
+        )
 
 
 def check_deepspeed_keys(config: Config) -> None:
@@ -157,6 +183,8 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
         for stack in model.stacks:
             for block in stack:
                 block.compile(dynamic=False)
+    if config.training.optimizer == "muon" and world.device.type == "cpu":
+        torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's updates, for minutes without a GPU
     settings = deepspeed_config(config, world.size, precision)
     if config.zero_stage in (1, 2):  # DeepSpeed allocates a whole bucket, 1 GB in bf16 by default
         parameters = sum(p.numel() for p in model.parameters())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vmd_scale.errors import UserError
 from vmd_scale.training.launch import World
-from vmd_scale.training.zero import Fragment, fragment_values
+from vmd_scale.training.zero import Fragment, fragment_values, held
 
 Sources = Mapping[str, list[Tensor]]  # kind -> flat tensors laid out like `ShardedMaster.partitions`
 Record = tuple[str, str, int, int, Path]  # kind, parameter, first element, size, file
@@ -33,7 +33,7 @@ def copy_to_host(fragments: Sequence[Fragment], sources: Sources, buffers: dict[
     """
     on_gpu, contents = False, {}
     for kind, partitions in sources.items():
-        for f in fragments:
+        for f in held(fragments, partitions):
             values, name = fragment_values(f, partitions).detach(), f"{kind}/{f.name}/{f.start}"
             on_gpu |= values.is_cuda
             if name not in buffers:
@@ -60,7 +60,7 @@ def load_fragments(files: Sequence[Path], fragments: Sequence[Fragment], targets
     Raises:
         UserError: elements that no file holds: another model's checkpoint.
     """
-    wanted = {(kind, f.name, f.start): f.size for kind in targets for f in fragments}
+    wanted = {(kind, f.name, f.start): f.size for kind, values in targets.items() for f in held(fragments, values)}
     own = _headers(files[world.rank :][:1]) if len(files) == world.size else []
     (elastic,) = world.any({record[:3]: record[3] for record in own if record[0] in targets} != wanted)
     index = _index(_of_all_ranks(files, world) if elastic else own)
@@ -68,7 +68,7 @@ def load_fragments(files: Sequence[Path], fragments: Sequence[Fragment], targets
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
         for kind, partitions in targets.items():
-            for fragment in fragments:
+            for fragment in held(fragments, partitions):
                 target = fragment_values(fragment, partitions)
                 if _fill(target, kind, fragment, index, opened, stack) != fragment.size:
                     problem = f"{files[0].parent}: {kind} of {fragment.name} is incomplete"

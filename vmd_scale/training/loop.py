@@ -20,7 +20,6 @@ from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
-from vmd_scale.model.attention import kernel_name
 from vmd_scale.planning.hardware import peak_flops
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.tokenization import Tokenizer
@@ -29,7 +28,7 @@ from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
 from vmd_scale.training.faults import SpikeDetector, Watchdog
 from vmd_scale.training.launch import World
-from vmd_scale.training.optim import learning_rate_at
+from vmd_scale.training.optim import learning_rate_at, set_learning_rates
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
 from vmd_scale.training.same_run import check_same_run
@@ -65,7 +64,9 @@ class Trainer:
             world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
         self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
         self.objective = parts.objective(config, tokenizer.vocab_size)
-        log.info("attention by %s, precision %s", kernel_name(model.denoiser.kernel), self.precision)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        kernels = model.attention_kernels(dtype, config.data.packing == "pad")
+        log.info("precision %s, attention: %s", self.precision, ", ".join(f"{k} by {v}" for k, v in kernels.items()))
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
@@ -268,8 +269,7 @@ class Trainer:
     def _step(self, step: int, batches: list[TrainingInputs], telemetry: Telemetry) -> torch.Tensor:
         """One optimizer step. Returns this rank's sums [total, reconstruction, KL, tokens], float64, on the device."""
         config, engine = self.config, self.engine
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config.training)
+        set_learning_rates(engine.optimizer.param_groups, step, config.training)
         counted = self._count_tokens(batches)
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over the global number of tokens.
         scale = len(batches) * self.world.size / counted

@@ -37,7 +37,7 @@ def check_same_run(
     fixed = [("data", k) for k in ours["data"] if k not in MOVABLE]
     fixed += [("model", k) for k in ours["model"] if k != "attention"]
     fixed += [("latent", k) for k in ours["latent"]] + [("diffusion", k) for k in ours["diffusion"]]
-    fixed += [("training", k) for k in ("global_batch", "seed", "ema_decay", "trainable", "lora")]
+    fixed += [("training", k) for k in ("global_batch", "seed", "optimizer", "ema_decay", "trainable", "lora")]
     for section, key in fixed:
         before = saved[section][key]
         if before != ours[section][key]:

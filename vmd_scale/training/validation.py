@@ -79,10 +79,13 @@ def _draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: Shar
     numbers = chosen_rows(reader.rows, config.evaluation.samples)
     (batch,) = evaluation_batches(reader, numbers, len(numbers))
     maskable, attend = masks_of(batch, reader.manifest)
-    if batch.roles is not None and (batch.roles == Role.GIVEN).any():
-        rows = sample(model, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
-    else:
-        rows = sample(model, sampler, Noise(0), torch.arange(config.evaluation.samples))
+    given = batch.roles is not None and bool((batch.roles == Role.GIVEN).any())
+    # Rows that are finished leave the batch: compiled for each size, the blocks would use up their recompilations.
+    with torch.compiler.set_stance("eager_on_recompile"):
+        if given:
+            rows = sample(model, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
+        else:
+            rows = sample(model, sampler, Noise(0), torch.arange(config.evaluation.samples))
     texts = [tokenizer.decode(row) for row in rows.tolist()]
     shown = "inf" if math.isinf(steps) else int(steps)
     return {"step": step, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}

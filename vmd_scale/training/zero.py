@@ -5,12 +5,14 @@ another version has moved it.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MUON_STATE = "momentum_buffer"  # all that DeepSpeed's Muon keeps of a matrix; all other names are Adam's
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,14 @@ class ShardedMaster:
                 persistent[0].all_gather(persistent)
 
     def optimizer_state(self) -> dict[str, list[Tensor]]:
-        """The optimizer's tensors (exp_avg, ...) by name, laid out like `partitions`; empty before the first update."""
+        """The optimizer's tensors (exp_avg, ...) by name, laid out like `partitions`; empty before the first update.
+
+        A partition that has none of a name, as Muon's have no exp_avg, has an empty tensor there.
+        """
         states = [self._inner.state.get(owner, {}) for owner in self._owners()]
         names = {name for state in states for name, value in state.items() if isinstance(value, Tensor) and value.dim()}
-        return {name: [state[name].view(-1) for state in states] for name in sorted(names)}
+        nothing = torch.empty(0)
+        return {name: [state.get(name, nothing).view(-1) for state in states] for name in sorted(names)}
 
     def optimizer_updates(self) -> int:
         """Updates that the optimizer counts, which its bias correction depends on."""
@@ -107,13 +113,18 @@ class ShardedMaster:
 
     def start_optimizer_state(self, names: Sequence[str], updates: int) -> dict[str, list[Tensor]]:
         """Zeros in place of what the optimizer would make at its first update, to be filled by a resume."""
-        fused = bool(self._inner.defaults.get("fused"))
+        groups = {id(owner): group for group in self._inner.param_groups for owner in group["params"]}
         for owner in self._owners():
             self._inner.state.pop(owner, None)
             if not names:  # there was no update yet; a state without moments would not be made whole
                 continue
-            step = torch.tensor(float(updates), device=owner.device if fused else "cpu")
-            self._inner.state[owner] = {"step": step, **{name: torch.zeros_like(owner) for name in names}}
+            group = groups[id(owner)]
+            state: dict[str, Tensor] = {}
+            orthogonalized = group.get("use_muon", False)
+            if not orthogonalized:
+                state["step"] = torch.tensor(float(updates), device=owner.device if group.get("fused") else "cpu")
+            state |= {name: torch.zeros_like(owner) for name in names if (name == MUON_STATE) == orthogonalized}
+            self._inner.state[owner] = state
         return self.optimizer_state()
 
     def resumed_at(self, step: int, skipped: int) -> None:
@@ -191,6 +202,11 @@ class ShardedMaster:
             size = min(size, p.ds_numel - start)  # the last rank's partition is padded
             if size > 0:
                 yield Fragment(self._names[id(p)], tuple(p.ds_shape), start, size, number, offset)
+
+
+def held(fragments: Iterable[Fragment], partitions: list[Tensor]) -> Iterator[Fragment]:
+    """Those that have elements in `partitions`, of which some may be empty: see `ShardedMaster.optimizer_state`."""
+    return (f for f in fragments if partitions[f.partition].numel())
 
 
 def fragment_values(fragment: Fragment, partitions: list[Tensor]) -> Tensor:
