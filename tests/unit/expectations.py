@@ -13,11 +13,12 @@ from vmd_scale.diffusion.noise import Stream
 class EveryNoise:
     """Stands in for `Noise`: the copies of a row meet every path and every z of a grid, so that means are exact.
 
-    Copy number c of a row has the weight `weights[c]`; there are `count` copies.
+    Copy number c of a row has the weight `weights[c]`; there are `count` copies. All groups of a copy have the same
+    noise: what is bounded group by group has its exact mean by group.
     """
 
     def __init__(self, u_paths, points=1, latents=1, time=0.5):
-        """`u_paths`: [P, L], equally likely; `latents`: how many steps draw a z of their own; `time`: of all rows."""
+        """`u_paths`: [P, L / G], equally likely; `latents`: how many steps draw a z of their own; `time`: of all."""
         self.u_paths, self.time, self.latents = u_paths, time, latents
         self.grid = torch.linspace(-6, 6, points, dtype=torch.float64) if points > 1 else torch.zeros(1)
         of_z = torch.softmax(-0.5 * self.grid.double() ** 2, 0)
@@ -31,15 +32,34 @@ class EveryNoise:
         if stream == Stream.TIME:
             return torch.full((len(rows), *shape), self.time, dtype=torch.float64)
         assert stream == Stream.PATH
-        return self.u_paths[rows % self.count % len(self.u_paths)].view(len(rows), *shape)
+        return self.u_paths[rows % self.count % len(self.u_paths)].unsqueeze(1).expand(-1, *shape)
 
     def normal(self, stream, step, rows, shape):
         assert stream == Stream.LATENT
-        assert shape == (1, 1)
+        assert shape[1] == 1
         points, of_z = len(self.grid), rows % self.count // len(self.u_paths)
         which = max(0, (step & 0xFFFFFFFF) - 1) if self.latents > 1 else 0  # a fresh one is named by its step
         assert which < self.latents
-        return self.grid[of_z // points**which % points].float().view(len(rows), 1, 1)
+        return self.grid[of_z // points**which % points].float().view(len(rows), 1, 1).expand(-1, *shape)
+
+
+class EveryPair:
+    """Noise of two samples for each row: its copies meet every pair of those of an `EveryNoise`, one z a path."""
+
+    def __init__(self, every):
+        self.every, self.count = every, every.count**2
+        self.weights = (every.weights[:, None] * every.weights).flatten()
+
+    def uniform(self, stream, step, rows, shape):
+        return self.every.uniform(stream, step, self._of_sample(step, rows), shape)
+
+    def normal(self, stream, step, rows, shape):
+        return self.every.normal(stream, step, self._of_sample(step, rows), shape)
+
+    def _of_sample(self, sample, rows):
+        assert sample in (0, 1)
+        pair = rows % self.count
+        return pair % self.every.count if sample else pair // self.every.count
 
 
 def steady(model, every):
@@ -69,6 +89,12 @@ def copies(rows, count, maskable=None):
     clean = rows.repeat_interleave(count, 0)
     maskable = torch.ones_like(clean, dtype=torch.bool) if maskable is None else maskable.expand_as(clean)
     return Rows(clean, maskable, None, torch.arange(len(clean)))
+
+
+def mean_weight(logs, every):
+    """exp(log weight) [copies, G] of `EveryNoise`, averaged over the copies of each row, for all of its groups."""
+    by_row = logs.exp().unflatten(0, (-1, every.count))
+    return (by_row * every.weights[:, None]).sum(1).prod(-1)
 
 
 def mean_and_error(values, count):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from expectations import EveryNoise, assert_drawn_from, copies, mean_and_error, steady
+from expectations import EveryNoise, assert_drawn_from, copies, mean_and_error, mean_weight, steady
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import Enumeration, sureness, tiny_model
@@ -96,21 +96,22 @@ def test_confidence_at_the_edges():
 
 
 def scored_on_a_grid(model, s, given=None, few=27):
-    """Exact likelihoods of a few rows, logs of their whole-path weights [rows, z], and the weight of each z."""
-    every = EveryNoise(torch.full((1, model.architecture.row_length), 0.5), 65 if model.encoder is not None else 1)
+    """Exact likelihoods of a few rows, logs of their whole-path weights [copies, G], and the noise they have met."""
+    a = model.architecture
+    every = EveryNoise(torch.full((1, a.row_length // a.groups), 0.5), 65 if model.encoder is not None else 1)
     model, grid = steady(model, every)
     exact = Enumeration(model, given=given, grid=grid)
     truth = exact.likelihood(s.steps, s.latent, s.law)
     few = torch.arange(len(truth))[:: -(-len(truth) // few)]
     rows = copies(exact.rows[few], every.count, exact.maskable)
-    return truth[few], path_log_weight(model, rows, s, every, 0).sum(-1).view(-1, every.count), every.weights
+    return truth[few], path_log_weight(model, rows, s, every, 0), every
 
 
 @pytest.mark.parametrize("s", [s for s in SAMPLERS if s.latent == "fixed" and s.steps != 3], ids=names)
-@pytest.mark.parametrize("name", ["vmd", "vmd, time", "conditional"])
+@pytest.mark.parametrize("name", ["vmd", "vmd, time", "conditional", "blocks"])
 def test_replayed_paths_average_to_the_likelihood(name, s):
-    truth, logs, weights = scored_on_a_grid(model_of(name), s)
-    assert torch.allclose(logs.exp() @ weights, truth, rtol=1e-3, atol=1e-6)
+    truth, logs, every = scored_on_a_grid(model_of(name), s)
+    assert torch.allclose(mean_weight(logs, every), truth, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("law", CONFIDENCE_LAWS)
@@ -194,23 +195,26 @@ def test_samples_have_the_likelihood_that_is_computed(name, s):
 @st.composite
 def examples(draw):
     """A model, tokens that are given (never masked), and a sampler."""
+    groups = draw(st.sampled_from([1, 1, 2]))
     changes = {
         "seed": draw(st.integers(0, 1000)),
+        "groups": groups,
         "latent_width": draw(st.sampled_from([0, 1, 1])),
         "injection": draw(st.sampled_from(["adaln", "add"])),
         "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])),
         "mlp": draw(st.sampled_from(["gelu", "swiglu"])),
         "time_conditioning": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
-        "prior": draw(st.sampled_from(["standard", "conditional"])),
-        "vocab_size": draw(st.integers(2, 3)),
-        "row_length": draw(st.integers(2, 3)),
+        "prior": draw(st.sampled_from(["standard", "conditional"])) if groups == 1 else "standard",
+        "vocab_size": draw(st.integers(2, 3)) if groups == 1 else 2,
+        "row_length": draw(st.integers(2, 3)) if groups == 1 else 4,
     }
-    fixed = draw(st.dictionaries(st.integers(0, changes["row_length"] - 1), st.integers(0, 1), max_size=1))
+    position = st.integers(0, changes["row_length"] // groups - 1)  # a block does not see what is given to its right
+    fixed = draw(st.dictionaries(position, st.integers(0, 1), max_size=1))
     return changes, fixed, Sampler(draw(st.sampled_from(STEPS)), "fixed", draw(st.sampled_from(CONFIDENCE_LAWS)))
 
 
-@settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.generate])
+@settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(examples())
 def test_any_model_has_the_likelihood_that_is_computed(example):
     changes, fixed, s = example
@@ -218,9 +222,9 @@ def test_any_model_has_the_likelihood_that_is_computed(example):
     exact = Enumeration(model, points=193, given=fixed)
     truth = exact.likelihood(s.steps, "fixed", s.law)
     assert abs(truth.sum().item() - 1) < 1e-6
-    on_grid, logs, weights = scored_on_a_grid(model, s, fixed, few=12)
-    assert torch.allclose(logs.exp() @ weights, on_grid, rtol=2e-3, atol=1e-6)
-    assert (-logs @ weights >= -on_grid.log() - 1e-3).all()
+    on_grid, logs, every = scored_on_a_grid(model, s, fixed, few=12)
+    assert torch.allclose(mean_weight(logs, every), on_grid, rtol=2e-3, atol=1e-6)
+    assert (-logs.sum(-1).view(-1, every.count) @ every.weights >= -on_grid.log() - 1e-3).all()
     token = torch.zeros(exact.a.row_length, dtype=torch.int64)
     for position, value in fixed.items():
         token[position] = value

@@ -126,24 +126,35 @@ def test_denoiser_and_prior_get_the_gradient_of_the_loss(prior):
     assert slope == pytest.approx(difference, rel=1e-3)
 
 
-@pytest.mark.parametrize("annealing", [1.0, 0.4])
+def along_the_gradient(model, objective, x, annealing):
+    """The direction in the encoder's last layer in which the loss rises most: there a slope is far from zero."""
+    parameters = list(model.encoder.out.parameters())
+    gradients = torch.autograd.grad(objective(model, x, annealing).total, parameters)
+    length = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    return [(p, g / length) for p, g in zip(parameters, gradients, strict=True)]
+
+
+@pytest.mark.parametrize(("annealing", "share"), [(1.0, 0.6), (0.4, 0.9)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_encoder_gets_a_gradient_with_the_same_mean_as_that_of_the_loss_and_less_noise(annealing, groups):
-    """Only means agree: a gradient that is doubly reparameterised is another function of the same noise."""
-    model = tiny_model(5, row_length=4, groups=groups).double()
+def test_the_encoder_gets_a_gradient_with_the_same_mean_as_that_of_the_loss_and_less_noise(annealing, share, groups):
+    """Only means agree: a gradient that is doubly reparameterised is another function of the same noise.
+
+    Less noise: at most this share of the standard deviation.
+    """
+    model, rows, steps = tiny_model(5, row_length=4, groups=groups).double(), 100, 40
     objective = objective_of(model, (1,), 4)
-    clean = torch.tensor([[2, 0, 1, 1]]).expand(2000, -1)
-    direction = direction_in(model.encoder.out)
-    found = [
-        slopes(model, objective, in_double(prepared(objective, clean, step=step)), direction, annealing)
-        for step in range(8)
-    ]
-    ours, plain = torch.tensor(found, dtype=torch.float64).T / 2000
-    error = (ours - plain).std() / math.sqrt(len(found))
+
+    def batch(rows, step):
+        return in_double(prepared(objective, torch.tensor([[2, 0, 1, 1]]).expand(rows, -1), step=step))
+
+    direction = along_the_gradient(model, objective, batch(1000, steps), annealing)
+    found = [slopes(model, objective, batch(rows, step), direction, annealing) for step in range(steps)]
+    ours, plain = torch.tensor(found, dtype=torch.float64).T / rows
+    error = (ours - plain).std() / math.sqrt(steps)
     assert (ours - plain).mean().abs() < 4 * error
-    assert ours.mean().abs() > 6 * error  # or the comparison could not fail
+    assert ours.mean().abs() > 10 * error  # or the comparison could not fail
     assert not torch.allclose(ours, plain, rtol=1e-3)
-    assert ours.std() < 1.5 * plain.std()
+    assert ours.std() < share * plain.std()
 
 
 def test_the_inputs_do_not_depend_on_the_micro_batch():

@@ -10,24 +10,33 @@ from vmd_scale.config import DataConfig
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.evaluation.latent import MASK_RATIOS, latent_usage
-from vmd_scale.model.encoder import Posterior
+from vmd_scale.model.encoder import Gaussian, Posterior
 
 LENGTH = 20
 
 
 class KnownEncoder(nn.Module):
-    """Units that vary with the row much, not at all, too little and enough; the second says how much is masked."""
+    """Units that vary with the row much, not at all, too little and enough; the second says how much is masked.
 
-    def __init__(self):
+    So in each group; in the second one, the second unit is 10 higher: that is no use of the latent. With a `prior`, the
+    same in its units: its mean is -3 or 3, with the row, its standard deviation `prior`.
+    """
+
+    def __init__(self, groups=1, prior=None):
         super().__init__()
-        self.architecture = architecture(row_length=LENGTH, latent_width=4)
-        self.weight = nn.Parameter(torch.zeros(()))
+        self.architecture = architecture(row_length=LENGTH, latent_width=4, groups=groups)
+        self.weight, self.prior = nn.Parameter(torch.zeros(())), prior
 
     def encode(self, tokens, masked, attend):
-        sign = 1 - 2 * (tokens.sum(-1) % 2).float()
-        share = masked.float().mean(-1)
+        groups = self.architecture.groups
+        sign = 1 - 2 * (tokens.unflatten(1, (groups, -1)).sum(-1) % 2).float()
+        share = masked.float().unflatten(1, (groups, -1)).mean(-1)
         mean = torch.stack((sign, 2 * share, 0.05 * sign, 0.2 * sign), -1)
-        return Posterior(mean.unsqueeze(1), torch.zeros(len(tokens), 1, 4))
+        mean[:, 1:, 1] += 10
+        if self.prior is None:
+            return Posterior(mean, torch.zeros_like(mean))
+        prior = Gaussian(3 * sign[..., None].expand_as(mean), torch.full_like(mean, self.prior).log())
+        return Posterior(prior.mean + self.prior * mean, prior.log_std, prior)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +63,19 @@ def test_kl_at_every_mask_ratio_and_the_units_that_vary_over_the_rows(reader):
     assert "2 of 4 units active" in usage.describe()
     for histogram in usage.kl_histograms.values():
         assert sum(histogram["counts"]) == 100
+
+
+@pytest.mark.parametrize(("groups", "prior"), [(1, 0.5), (1, 20.0), (2, None), (2, 0.5)])
+def test_units_are_measured_in_those_of_their_prior_and_in_each_group_by_itself(reader, groups, prior):
+    """What the prior says of a row is no use of the latent, nor is a mean that tells only which group it is."""
+    usage = latent_usage(KnownEncoder(groups, prior), reader, 7, "vmd", rows=100, micro_batch=32)
+    for ratio in MASK_RATIOS:
+        share = np.ceil(ratio * LENGTH / groups) / (LENGTH / groups)
+        kls = [0.5 * ((shift + 2 * share) ** 2 + 1 + 0.05**2 + 0.2**2) for shift in (0, 10)[:groups]]
+        assert usage.kl_by_mask_ratio[str(ratio)] == pytest.approx(np.mean(kls), rel=1e-4)
+    assert (usage.active_units, usage.latent_width) == (2, 4)
+    for histogram in usage.kl_histograms.values():
+        assert sum(histogram["counts"]) == 100 * groups
 
 
 def test_an_encoder_that_was_taught_whole_rows_only_is_asked_about_them_only(reader):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from expectations import EveryNoise, copies, every_path, mean_and_error, steady
+from expectations import EveryNoise, EveryPair, copies, every_path, mean_and_error, mean_weight, steady
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import MODELS, Enumeration, enumerate_paths, exact_of, model_of, tiny_model
@@ -111,7 +111,11 @@ def test_the_elbo_of_the_block_variant_is_never_below_the_truth(name, s):
     truth = -exact_likelihood(name, s).log()
     assert (mean >= truth - 4.5 * error).all()
     assert (mean - truth).mean() > 0.01
-    if s.latent == "fixed":  # and it is the mean of the log of one whole path
+    if s.latent == "fixed":
+        expected = exact_of(name).negative_elbo(s.steps, s.latent, s.law)
+        assert (expected >= truth - 1e-6).all()
+        assert ((mean - expected).abs() <= 4.5 * error + 1e-5).all()
+        # and it is the mean of the log of one whole path
         logs = path_log_weight(model_of(name), rows, s, Noise(4), 0).sum(-1)
         other, other_error = mean_and_error(-logs, count)
         assert ((mean - other).abs() <= 4.5 * (error + other_error)).all()
@@ -212,8 +216,12 @@ def test_importance_weighting_is_the_log_of_a_mean():
 
 @st.composite
 def examples(draw):
-    """A model of 3 tokens over 3 symbols, and tokens that are given (never masked)."""
+    """A model of 3 tokens over 3 symbols, or of two blocks of 2 tokens over 2; and tokens given (never masked)."""
+    groups = draw(st.sampled_from([1, 1, 2]))
     changes = {
+        "groups": groups,
+        "vocab_size": 3 if groups == 1 else 2,
+        "row_length": 3 if groups == 1 else 4,
         "seed": draw(st.integers(0, 1000)),
         "latent_width": draw(st.sampled_from([0, 1, 1])),
         "injection": draw(st.sampled_from(["adaln", "add"])),
@@ -221,46 +229,65 @@ def examples(draw):
         "mlp": draw(st.sampled_from(["gelu", "swiglu"])),
         "time_conditioning": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
-        "prior": draw(st.sampled_from(["standard", "conditional"])),
+        "prior": draw(st.sampled_from(["standard", "conditional"])) if groups == 1 else "standard",
     }
-    fixed = draw(st.dictionaries(st.integers(0, 2), st.integers(0, 2), max_size=1))
+    position, token = st.integers(0, changes["row_length"] - 1), st.integers(0, changes["vocab_size"] - 1)
+    fixed = draw(st.dictionaries(position, token, max_size=1))
     return changes, fixed, draw(st.sampled_from([1, 2, 3, INF])), draw(st.sampled_from(LAWS))
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
+@settings(deadline=None, max_examples=18, derandomize=True, phases=[Phase.generate])
 @given(examples(), st.sampled_from(["fixed", "fixed", "fresh"]))
 def test_any_model_has_the_bounds_that_are_computed(example, latent):
-    """E[exp(log weight)], E[-log weight] and E[elbo] over everything random, exactly: nothing here is statistics."""
+    """E[exp(log weight)], E[-log weight], E[elbo] and E[iw] over all that is random, exactly: no statistics here."""
     (changes, fixed, steps, law), latents = example, 1
     model = tiny_model(**changes)
+    groups, size = changes["groups"], changes["row_length"] // changes["groups"]
     if latent == "fresh" and model.encoder is not None:  # a grid for each step: two at most
         latents = steps = min(steps, 2)
     law = "balanced" if steps == INF else law  # the same, but that t is continuous
-    s, u, points = Sampler(steps, latent, law), every_path(3, steps, law), 1 if model.encoder is None else 33
+    s, u, points = Sampler(steps, latent, law), every_path(size, steps, law), 1 if model.encoder is None else 33
     fine = Enumeration(model, points=193, given=fixed)
-    truth, bound = fine.likelihood(steps, latent, law), fine.negative_elbo(steps, latent, law)
+    truth = fine.likelihood(steps, latent, law)
     assert abs(truth.sum().item() - 1) < 1e-6
-    assert (bound >= -truth.log() - 1e-4).all()
     few = torch.arange(len(truth))[:: 4 if fixed else 9]
 
     every = EveryNoise(u, points, latents)
     rows = copies(fine.rows[few], every.count, fine.maskable)
     unbiased, grid = steady(model, every)
     expected = Enumeration(unbiased, given=fixed, grid=grid).likelihood(steps, latent, law)[few]
-    weights = path_log_weight(unbiased, rows, s, every, 0).sum(-1).view(-1, every.count).exp() @ every.weights
+    weights = mean_weight(path_log_weight(unbiased, rows, s, every, 0), every)
     assert torch.allclose(weights, expected, rtol=1e-3, atol=1e-7)
 
-    expected = Enumeration(model, given=fixed, grid=every.grid).negative_elbo(steps, latent, law)[few]
+    if latent == "fresh" and groups > 1:
+        return
+    bound = fine.negative_elbo(steps, latent, law)
+    assert (bound >= -truth.log() - 1e-4).all()
+    coarse = Enumeration(model, given=fixed, grid=every.grid)
+    expected = coarse.negative_elbo(steps, latent, law)[few]
     assert torch.allclose(expected, bound[few], atol=0.1, rtol=0.05)  # a coarse grid, for exact means
     whole = -path_log_weight(model, rows, s, every, 0).sum(-1).view(-1, every.count) @ every.weights
     assert torch.allclose(whole, expected, atol=2e-3)
-    total = int(steps if law == "bernoulli" and steps != INF else min(steps, fine.maskable.sum()))
-    by_step = []
+    by_step, counts = [], fine.maskable.view(groups, -1).sum(-1)
+    totals = {int(steps if law == "bernoulli" else min(steps, n)) for n in counts.tolist()}
+    total = math.lcm(*totals)  # a time in each step of every group
     for k in range(total):
         one = EveryNoise(u, points, time=(k + 0.5) / total)
         rows = copies(fine.rows[few], one.count, fine.maskable)
         by_step.append(elbo(model, rows, s, one, 1).view(-1, one.count) @ one.weights)
     assert torch.allclose(torch.stack(by_step).mean(0), expected, atol=2e-3)
+
+    if latent == "fixed":
+        tighter = coarse.negative_iw2(steps, law)
+        assert (-truth.log() <= tighter + 1e-3).all()
+        assert (tighter <= bound + 1e-3).all()
+        assert model.encoder is None or (bound - tighter).max() > 0.01  # the check can fail
+        pairs = EveryPair(EveryNoise(u, min(points, 7)))
+        if pairs.count < 5000:
+            rows = copies(fine.rows[few], pairs.count, fine.maskable)
+            mean = importance_weighted(model, rows, s, pairs, 2).view(-1, pairs.count) @ pairs.weights
+            exact = Enumeration(model, given=fixed, grid=pairs.every.grid).negative_iw2(steps, law)[few]
+            assert torch.allclose(mean, exact, atol=1e-3)
 
 
 # ---- batching, padding

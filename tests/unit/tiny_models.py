@@ -176,10 +176,11 @@ class Enumeration:
         return Normal(p.mean[:, group].double(), p.log_std[:, group].double().exp())
 
     @torch.no_grad()
-    def posterior(self, masked):
-        """q(z | x0, m), for every row of one group."""
-        q = self.model.encoder(self.rows, self._noisy(0, masked)[1], None)
-        return Normal(q.mean[:, 0].double(), q.log_std[:, 0].double().exp())
+    def posterior(self, group, masked):
+        """q(z | x0, m), for every row; None stands for everything, in all groups."""
+        pattern = self.maskable.expand_as(self.rows) if masked is None else self._noisy(group, masked)[1]
+        q = self.model.encoder(self.rows, pattern, None)
+        return Normal(q.mean[:, group].double(), q.log_std[:, group].double().exp())
 
     @torch.no_grad()
     def _tables(self, group, z_of):
@@ -252,22 +253,45 @@ class Enumeration:
         return z, normal.log_prob(z).softmax(-1)
 
     def negative_elbo(self, steps, latent, law):
-        """Of every sequence, for one group."""
-        assert self.a.groups == 1
-        n = len(self.free[0])
-        paths, everything = enumerate_paths(n, steps, law), (True,) * n
-        tables, kls = self.under_prior[latent][0], dict.fromkeys(subsets(n), 0.0)
+        """Of every sequence. (Posteriors of a fresh z hear the masks of all blocks: those of one group only.)"""
+        assert latent == "fixed" or self.a.groups == 1
+        return sum(self._negative_elbo(group, steps, latent, law) for group in range(self.a.groups))
+
+    def _negative_elbo(self, group, steps, latent, law):
+        n = len(self.free[group])
+        paths, sets = enumerate_paths(n, steps, law), subsets(n)
+        tables, kls = self.under_prior[latent][group], dict.fromkeys(sets, 0.0)
         if self.a.latent_width:
-            seen = {m: m if latent == "fresh" else everything for m in subsets(n)}
-            kls = {m: kl_divergence(self.posterior(s), self.prior(0, s)).squeeze(-1) for m, s in seen.items()}
-            tables = self._tables(0, lambda group, m: self._around(self.posterior(seen[m])))
+            seen = {m: m if latent == "fresh" else None for m in sets}
+            kls = {
+                m: kl_divergence(self.posterior(group, s), self.prior(group, s)).squeeze(-1) for m, s in seen.items()
+            }
+            tables = self._tables(group, lambda group, m: self._around(self.posterior(group, seen[m])))
         result = torch.zeros(len(self.rows), dtype=torch.float64)
         for path in paths:
             for masked, revealed in path:
                 result -= ((tables[masked].log_p * torch.tensor(revealed)).sum(-1) * tables[masked].weights).sum(-1)
                 if latent == "fresh":
                     result += kls[masked]
-        return result / len(paths) + (kls[everything] if latent == "fixed" else 0)
+        return result / len(paths) + (kls[sets[-1]] if latent == "fixed" else 0)
+
+    def negative_iw2(self, steps, law):
+        """E[-log of the mean of two importance weights] of every sequence, z fixed, over all pairs of paths and z."""
+        return sum(self._negative_iw2(group, steps, law) for group in range(self.a.groups))
+
+    def _negative_iw2(self, group, steps, law):
+        paths = enumerate_paths(len(self.free[group]), steps, law)
+        tables, log_ratio = self.under_prior["fixed"][group], torch.zeros(len(self.rows), 1)
+        if self.a.latent_width:
+            q = self.posterior(group, None)
+            z, _ = self._around(q)
+            log_ratio = self.prior(group, None).log_prob(z) - q.log_prob(z)
+            tables = self._tables(group, lambda group, m: self._around(q))
+        of_paths = [sum((tables[m].log_p * torch.tensor(r)).sum(-1) for m, r in path) for path in paths]
+        logs = torch.cat([log_ratio + of_path for of_path in of_paths], dim=1)  # [rows, paths x z]
+        weights = next(iter(tables.values())).weights.repeat(1, len(paths)) / len(paths)
+        log_mean = torch.logaddexp(logs[:, :, None], logs[:, None]) - math.log(2)
+        return -torch.einsum("ri, rij, rj -> r", weights, log_mean, weights)
 
 
 MODELS = {

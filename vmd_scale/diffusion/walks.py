@@ -55,8 +55,8 @@ class ReplayedPath:
         head, vocab_size = model.denoiser.logits, model.architecture.vocab_size
         sure = confidence_of(hidden[self.masked.to(hidden.device)], head, vocab_size, self.sampler.law).cpu()
         priority = torch.zeros(self.masked.shape, dtype=torch.float64).masked_scatter(self.masked, sure)
-        by_group = priority.view(len(priority) * self.groups, -1)
-        revealed = highest(by_group, self.masked.view_as(by_group), self._number(k).flatten()).view_as(self.masked)
+        by_group, masked = (x.reshape(len(x) * self.groups, -1) for x in (priority, self.masked))
+        revealed = highest(by_group, masked, self._number(k).flatten()).view_as(self.masked)
         self.masked = self.masked & ~revealed
         return revealed
 
