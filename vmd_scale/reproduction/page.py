@@ -65,7 +65,8 @@ def write_page(
         lines += ["## Goals", "", verdicts, ""]
     lines += ["## Cost", "", cost_table(jobs), "", "Made by", "", f"    {command()}", ""]
     dates, places = sorted({result.date for result in results}), sorted({result.hardware for result in results})
-    lines += [f"between {dates[0]} and {dates[-1]} on {'; '.join(places)}.", ""]
+    when = f"on {dates[0]}" if len(dates) == 1 else f"between {dates[0]} and {dates[-1]}"
+    lines += [f"{when} on {'; '.join(places)}.", ""]
     for path in (folder / f"{task.name}.json", copy):
         if path is not None:
             write_json(path, [row.to_dict() for row in rows])

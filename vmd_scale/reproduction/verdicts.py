@@ -28,7 +28,7 @@ def verdict_table(task: Task, rows: Sequence[Row]) -> str:
     found = [verdict for goal in task.goals for verdict in verdicts(goal, rows)]
     if not found:
         return ""
-    columns = ("variant", "method", "blocks", "split", "law", "tokens", "steps")
+    columns = ("variant", "method", "blocks", "split", "law", "steps")
     shown = [c for c in columns if c in ("method", "steps") or len({getattr(v.row, c) for v in found}) > 1]
     lines = ["| " + " | ".join([*shown, "measured", "wanted", "found", "reached"]) + " |"]
     lines.append("|" + " --- |" * (len(shown) + 4))
@@ -76,7 +76,9 @@ def _verdict(goal: Goal, rows: Sequence[Row], fitting: Sequence[Row], split: str
         f"{sign} {limit:.4g}" for sign, limit in (("at least", low), ("at most", high)) if limit is not None
     )
     wanted += f" (within {goal.slack} standard errors)" if goal.slack else ""
-    return Verdict(best, wanted, _value(best), "yes" if reached else "no")
+    spread = best.standard_error if best.std is None else best.std
+    found = f"{best.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}") + _tokens(best)
+    return Verdict(best, wanted, found, "yes" if reached else "no")
 
 
 def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict | None:
@@ -94,7 +96,7 @@ def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict
         found = f"{row.mean:.4f} - {other.mean:.4f} = {difference:+.4f} ± {error:.4f}"
     gain = better * difference
     reached = "undecided" if abs(gain) <= SURE * error else "yes" if gain > 0 else "no"
-    return Verdict(row, f"better than {method}", found, reached)
+    return Verdict(row, f"better than {method}", found + _tokens(row), reached)
 
 
 def paired_difference(row: Row, other: Row) -> tuple[float, float]:
@@ -107,7 +109,5 @@ def paired_difference(row: Row, other: Row) -> tuple[float, float]:
     return float(differences.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples)))
 
 
-def _value(row: Row) -> str:
-    spread = row.standard_error if row.std is None else row.std
-    how = f" ({row.tokens})" if row.tokens else ""
-    return f"{row.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}") + how
+def _tokens(row: Row) -> str:
+    return f" ({row.tokens})" if row.tokens else ""
