@@ -103,7 +103,7 @@ def sudoku(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:
     data_of = {"corpus": "sudoku", "tokenizer": "sudoku", "row_length": 81}
     experts = data / "sudoku" / "expert.csv.xz"
     config = network(folder, {**data_of, "source": experts}, width=96, batch=64, learning_rate=2e-3)
-    train(folder / "pretrained", "pretrain.py", "--config", config, *steps_of(1500, scale))
+    train(folder / "pretrained", "pretrain.py", "--config", config, *steps_of(1200, scale))
     with lzma.open(data / "sudoku" / "kids.csv.xz", "rt") as file:
         puzzles = file.read().splitlines()
     parts = {"train": puzzles[:2000], "validation": puzzles[2000:2100], "test": puzzles[2100:2600]}
@@ -113,7 +113,7 @@ def sudoku(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:
     runs = {"pretrained alone": folder / "pretrained"}
     for start, options in {**STARTS, "latent alone": LATENT}.items():
         runs[start] = folder / f"{start.replace(' ', '-')}-2000"
-        tune(runs[start], folder, ("--corpus", "sudoku", "--source", source, *options), 500, scale, batch=64)
+        tune(runs[start], folder, ("--corpus", "sudoku", "--source", source, *options), 400, scale, batch=64)
     test = ShardReader(runs["scratch"] / "shards", "test")
     grid = itertools.product(runs.items(), SAMPLER_STEPS)
     return [{"start": start, "steps": steps, **completed(run, test, steps)} for (start, run), steps in grid]
@@ -152,6 +152,7 @@ def network(folder: Path, data: dict[str, object], width: int, batch: int, learn
         "training": {"steps": 1, "global_batch": batch, "micro_batch": batch, "learning_rate": learning_rate,
                      "lr_schedule": "cosine", "warmup_steps": 50, "betas": [0.9, 0.98], "ema_decay": 0.99,
                      "checkpoint_every": 1000, "keep_checkpoints": 1},
+        "evaluation": {"every": None},
     }  # fmt: skip
     write_json(folder / "config.json", values)
     return folder / "config.json"
