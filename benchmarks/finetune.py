@@ -152,7 +152,6 @@ def network(folder: Path, data: dict[str, object], width: int, batch: int, learn
         "training": {"steps": 1, "global_batch": batch, "micro_batch": batch, "learning_rate": learning_rate,
                      "lr_schedule": "cosine", "warmup_steps": 50, "betas": [0.9, 0.98], "ema_decay": 0.99,
                      "checkpoint_every": 1000, "keep_checkpoints": 1},
-        "evaluation": {"every": None},
     }  # fmt: skip
     write_json(folder / "config.json", values)
     return folder / "config.json"
