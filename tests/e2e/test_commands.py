@@ -168,13 +168,13 @@ def test_commands_that_need_more_than_this_machine_are_at_least_understood(lab, 
     assert done.code in (0, 2)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if why_not_here(command) is None])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if why_not_here(command) is None], ids=str)
 def test_commands_of_the_pages_run(lab, folder, quickstart, command):
     """In the order of the pages: what one writes, another may read."""
     run(lab, folder, replaced(command))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if why_not_here(c) and OURS.search(c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if why_not_here(c) and OURS.search(c)], ids=str)
 def test_commands_that_are_not_run_are_understood(command, monkeypatch, capsys):
     """Their programs know every option and value, and complain of nothing but one that was added here."""
     words = replaced(command)
