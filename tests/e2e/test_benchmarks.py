@@ -108,7 +108,7 @@ def little_data(tmp_path_factory):
     write("openwebtext/openwebtext_1000docs.jsonl.xz", (json.dumps({"text": words(400)}) for _ in range(60)))
     write("zero_shot/ag_news_test.csv.xz", (f'"{n % 4 + 1}","{words(2)}","{words(3)}"' for n in range(5640)))
     write("sudoku/expert.csv.xz", (puzzle() for _ in range(100)))
-    write("sudoku/kids.csv.xz", (puzzle() for _ in range(2600)))
+    write("sudoku/kids.csv.xz", (puzzle() for _ in range(2140)))
     return folder
 
 
