@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -100,6 +101,59 @@ def test_a_benchmark_writes_what_it_found_and_a_page_beside(name, tmp_path):
     run(ROOT / "benchmarks" / f"{name}.py", *arguments, "--json", file, cwd=tmp_path)
     assert json.loads(file.read_text())[part]
     assert f"benchmarks/{name}.py" in (tmp_path / "found.md").read_text()
+
+
+SOLUTION = "864371259325849761971265843436192587198657432257483916689734125713528694542916378"
+
+
+@pytest.fixture(scope="module")
+def little_data(tmp_path_factory):
+    """What benchmarks/finetune.py reads, made up: news, documents, and puzzles that are one another's renamings."""
+    choice = random.Random(0)
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name, lines):
+        (folder / name).parent.mkdir(exist_ok=True)
+        with lzma.open(folder / name, "wt", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def words(count):
+        return " ".join("".join(choice.choices("aeionrstlm", k=choice.randint(2, 7))) for _ in range(count))
+
+    def puzzle():
+        solution = SOLUTION.translate(str.maketrans("123456789", "".join(choice.sample("123456789", 9))))
+        return "".join(digit if choice.random() < 0.6 else "0" for digit in solution) + f",{solution}"
+
+    write("openwebtext/openwebtext_1000docs.jsonl.xz", (json.dumps({"text": words(400)}) for _ in range(60)))
+    write("zero_shot/ag_news_test.csv.xz", (f'"{n % 4 + 1}","{words(2)}","{words(3)}"' for n in range(5640)))
+    write("sudoku/expert.csv.xz", (puzzle() for _ in range(100)))
+    write("sudoku/kids.csv.xz", (puzzle() for _ in range(2140)))
+    return folder
+
+
+@pytest.mark.parametrize(("task", "starts"), [("ag_news", ["adapters"]), ("sudoku", ["scratch", "latent alone"])])
+def test_finetune_goes_all_the_way(task, starts, little_data, tmp_path):
+    """Two steps of each run, from one number of labels."""
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+import finetune
+
+finetune.RUNS, finetune.LABELLED = Path({str(tmp_path)!r}), (200,)
+finetune.STARTS = {{name: finetune.STARTS[name] for name in {starts!r} if name in finetune.STARTS}}
+finetune.main()
+"""
+    (tmp_path / "little.py").write_text(script)
+    file = tmp_path / "found.json"
+    run(tmp_path / "little.py", task, "--data", little_data, "--scale", "0.001", "--json", file, timeout=900)
+    rows = json.loads(file.read_text())["rows"]
+    if task == "ag_news":
+        assert [(row["labelled"], row["start"], row["rows"]) for row in rows] == [(200, "adapters", 40)]
+    else:
+        wanted = [(start, steps) for start in ("pretrained alone", *starts) for steps in (2, 10)]
+        assert [(row["start"], row["steps"]) for row in rows] == wanted
+        assert all(0.05 < row["cells right"] < 0.5 for row in rows)
 
 
 def test_chaos_breaks_a_run_finds_it_unharmed_and_counts_what_was_made_again(lab, tmp_path):

@@ -154,12 +154,12 @@ def _stacked(
 def _panel(
     axes: Axes, records: Sequence[Mapping[str, Any]], curves: Mapping[str, str], label: str, color: int = 0
 ) -> None:
-    """Some keys of the metrics against the step."""
+    """Some keys of the metrics against the step; the later ones lie beneath and are wider, so as not to be hidden."""
     steps = column(records, "step")
     axes.set(xlabel="step", ylabel=label)
     _step_axis(axes)
     for n, (key, name) in enumerate(curves.items(), start=color):
-        _curve(axes, steps, column(records, key), name, COLORS[n], zorder=3 - 0.1 * n)
+        _curve(axes, steps, column(records, key), name, COLORS[n], zorder=3 - 0.1 * n, width=1.4 * (1 + n - color))
     if len(curves) > 1:
         _legend(axes)
 
@@ -170,7 +170,9 @@ def _loss_panel(axes: Axes, run: Run, curves: Mapping[str, str]) -> None:
         axes.axvline(event["step"], color=EVENT_COLORS.get(event.get("event", ""), "#999999"), linestyle=":", lw=1)
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, color: str, zorder: float = 3) -> None:
+def _curve(
+    axes: Axes, x: np.ndarray, y: np.ndarray, name: str, color: str, zorder: float = 3, width: float = 1.4
+) -> None:
     """A curve; of a long run the points are pale and a running mean stands out."""
     if not np.isfinite(y).any():
         height = 0.5 - 0.1 * len(axes.texts)
@@ -178,10 +180,10 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, color: str, zord
         axes.set_yticks([])
         return
     if len(x) <= 100:
-        axes.plot(x, y, color=color, label=name, zorder=zorder, marker="o", markersize=2.5)
+        axes.plot(x, y, color=color, label=name, zorder=zorder, linewidth=width, marker="o", markersize=1.8 * width)
         return
     axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7, zorder=zorder - 1)
-    axes.plot(x, running_mean(y, max(5, len(y) // 50)), color=color, label=name, zorder=zorder)
+    axes.plot(x, running_mean(y, max(5, len(y) // 50)), color=color, label=name, zorder=zorder, linewidth=width)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
