@@ -210,8 +210,8 @@ def test_whatever_is_packed_is_taken_up_again(how: dict, tmp_path: Path, monkeyp
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
     write_text(tmp_path, 1000)
     (tmp_path / "text.txt").write_text("\n\n\n" + (tmp_path / "text.txt").read_text() + "\nlong " * 300)
-    whole = data(tmp_path, **how, shards=str(tmp_path / "whole"))
-    killed = data(tmp_path, **how)
+    killed = data(tmp_path, **how, shard_tokens=1600)
+    whole = killed.model_copy(update={"shards": str(tmp_path / "whole")})
     manifest = prepare(whole, progress=False)
     for shards in (1, 2, 2):
         killed_after(shards, killed)

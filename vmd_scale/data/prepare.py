@@ -7,10 +7,9 @@ files depend neither on that nor on data.workers.
 
 import fcntl
 import logging
-import re
 import sys
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora import available_splits, find_corpus, normalizer_name, raw_documents
+from vmd_scale.data.corpora import SPLITS, available_splits, find_corpus, normalizer_name, raw_documents
 from vmd_scale.data.encode import SourceChanged, encoded_documents
 from vmd_scale.data.manifest import (
     MANIFEST,
@@ -34,7 +33,7 @@ from vmd_scale.data.manifest import (
 from vmd_scale.data.packing import check_packing
 from vmd_scale.data.remote import is_remote
 from vmd_scale.data.shards import ShardReader
-from vmd_scale.data.split import SplitPreparation, progress_file
+from vmd_scale.data.split import SplitPreparation, progress_file, remove_files
 from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 
@@ -72,7 +71,7 @@ def prepare(
         if force:
             for split in wanted:
                 next(raw_documents(config, split), None)  # a source that is not there must not cost the old shards
-            _remove(folder, None)
+            _remove_all(folder)
         manifest = _started(folder, config, tokenizer)
         todo = [split for split in wanted if split not in manifest.splits]
         if not todo and not (folder / PARTIAL).is_file():  # another process was faster
@@ -82,7 +81,7 @@ def prepare(
                 record = _prepare_split(config, split, tokenizer, manifest, progress)
             except (UserError, RunFailed):
                 if not progress_file(folder, split).exists():  # else the next preparation goes on from there
-                    _remove(folder, split)
+                    remove_files(folder, split)
                 raise
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
             manifest.write(folder / PARTIAL)
@@ -180,16 +179,12 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
     )
 
 
-def _remove(folder: Path, split: str | None, but: Container[str] = ()) -> None:
-    """Delete the files of a split, or everything that a preparation writes; nothing else that may lie there."""
-    if split is None:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
-        (folder / PARTIAL).unlink(missing_ok=True)
-    name = f"({split or 'train|validation|test'})"
-    ours = re.compile(rf"{name}-\d{{5,}}\.(tokens|roles)(\.tmp)?|{name}\.progress|\.{name}\.progress\.\d+\.tmp")
-    for path in folder.iterdir():
-        if ours.fullmatch(path.name) and path.name not in but:
-            path.unlink()
+def _remove_all(folder: Path) -> None:
+    """Everything that a preparation writes; nothing else that may lie there."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
+    (folder / PARTIAL).unlink(missing_ok=True)
+    for split in SPLITS:
+        remove_files(folder, split)
 
 
 def _prepare_split(
@@ -198,13 +193,12 @@ def _prepare_split(
     """The files are those of an undisturbed preparation, wherever one that was killed had come to."""
     settings = manifest.model_copy(update={"splits": {}})
     preparation = SplitPreparation(config, split, tokenizer, settings)
-    kept = preparation.go_on()
-    _remove(Path(config.shards), split, but=kept)
+    preparation.go_on()
     try:
         return _encode_into(preparation, config, split, tokenizer, progress)
     except SourceChanged:
         log.warning("%s: data.source has changed since the preparation was interrupted, the split starts anew", split)
-        _remove(Path(config.shards), split)
+        remove_files(Path(config.shards), split)
         return _encode_into(SplitPreparation(config, split, tokenizer, settings), config, split, tokenizer, progress)
 
 

@@ -6,13 +6,13 @@ finished shard. It is an .npz file: a record in JSON, and arrays.
 
 import io
 import logging
+import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data.encode import TextCounts, unigram_entropy
@@ -25,6 +25,8 @@ from vmd_scale.files import sha256_of, write_atomically
 from vmd_scale.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
+
+HELD = "held by the packer: "  # before the names of its arrays
 
 
 class Progress(Record):
@@ -40,6 +42,18 @@ class Progress(Record):
 
 def progress_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.progress"
+
+
+def remove_files(folder: Path, split: str, but: Container[str] = ()) -> None:
+    """Delete the files of a split, finished or not, but for those of these names; nothing else that may lie there."""
+    ours = re.compile(rf"{split}-\d{{5,}}\.(tokens|roles)(\.tmp)?|{split}\.progress|\.{split}\.progress\.\d+\.tmp")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name) and path.name not in but:
+            path.unlink()
+
+
+def _files_of(shards: Iterable[Shard]) -> list[FileRecord]:
+    return [file for shard in shards for file in (shard.tokens, shard.roles) if file is not None]
 
 
 class SplitPreparation:
@@ -123,46 +137,54 @@ class SplitPreparation:
             text=self.text,
             packing=self._packing,
         )
-        arrays: dict[str, Any] = {f"held.{name}": array for name, array in self._packer.held().items()}
+        arrays: dict[str, Any] = {HELD + name: array for name, array in self._packer.held().items()}
         arrays |= {"tokens": last.tokens[begin:], "frequencies": self._frequencies}
         arrays |= {} if last.roles is None else {"roles": last.roles[begin:]}
         file = io.BytesIO()
         np.savez(file, record=np.frombuffer(progress.model_dump_json().encode(), dtype=np.uint8), **arrays)
         write_atomically(progress_file(self._folder, self._split), file.getvalue())
 
-    def go_on(self) -> set[str]:
-        """Take up what a killed preparation has left, when all of it is as it was written. Names of the files to keep.
+    def go_on(self) -> None:
+        """Take up what a killed preparation has left, when all of it is as it was written; else remove it.
 
         Raises:
             UserError: it was made with other settings; names the key.
         """
-        path = progress_file(self._folder, self._split)
-        if not path.is_file():
-            return set()
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            progress = Progress.model_validate_json(arrays.pop("record").tobytes())
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, ValidationError) as error:
-            log.warning("%s: damaged, the split starts anew: %s", path, error)
-            return set()
-        self._check_settings(progress)
-        files = [file for shard in progress.shards for file in (shard.tokens, shard.roles) if file is not None]
-        if progress.settings != self._settings:
-            log.warning("%s: made of another data.source or by another version, the split starts anew", path)
-            return set()
-        if altered := [file.name for file in files if not self._is_whole(file)]:
-            log.warning("%s: missing or altered, the split starts anew", self._folder / altered[0])
-            return set()
+        progress, arrays = self._left_over()
+        if progress is None:
+            remove_files(self._folder, self._split)
+            return
+        files = {file.name for file in _files_of(progress.shards)}
+        remove_files(self._folder, self._split, but={*files, progress_file(self._folder, self._split).name})
         self.text, self._packing, self._kind = progress.text, progress.packing, progress.packer
         self._packer = PACKERS[self._kind](self._config, self._tokenizer, self._packing)
-        self._packer.hold({name.removeprefix("held."): array for name, array in arrays.items()})
+        self._packer.hold({name.removeprefix(HELD): arrays[name] for name in arrays if name.startswith(HELD)})
         self._writer = self._make_writer(progress.shards)
         self._writer.append(arrays["tokens"], arrays.get("roles"))
         self._frequencies = arrays["frequencies"]
         self.rows = sum(shard.rows for shard in progress.shards) + len(arrays["tokens"])
         log.info("%s: goes on behind %s documents, %d shards", self._split, f"{self.text.read:,}", len(progress.shards))
-        return {path.name, *(file.name for file in files)}
+
+    def _left_over(self) -> tuple[Progress | None, dict[str, np.ndarray]]:
+        path = progress_file(self._folder, self._split)
+        if not path.is_file():
+            return None, {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            progress = Progress.model_validate_json(arrays.pop("record").tobytes())
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:  # pydantic's are ValueErrors
+            log.warning("%s: damaged, the split starts anew: %s", path, error)
+            return None, {}
+        self._check_settings(progress)
+        altered = [file.name for file in _files_of(progress.shards) if not self._is_whole(file)]
+        if progress.settings != self._settings:
+            log.warning("%s: made of another data.source or by another version, the split starts anew", path)
+        elif altered:
+            log.warning("%s: missing or altered, the split starts anew", self._folder / altered[0])
+        else:
+            return progress, arrays
+        return None, {}
 
     def _check_settings(self, progress: Progress) -> None:
         check_compatible(progress.settings, self._config, self._tokenizer)
