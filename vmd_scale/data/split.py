@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,7 @@ HELD = "held by the packer: "  # before the names of its arrays
 class Progress(Record):
     """The JSON of a progress file. `settings` is the manifest that the split will go into, without splits."""
 
+    version: Literal[1] = 1  # of this file, the arrays that packers hold included
     settings: Manifest
     rows_per_shard: int
     shards: tuple[Shard, ...]
@@ -173,7 +174,7 @@ class SplitPreparation:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             progress = Progress.model_validate_json(arrays.pop("record").tobytes())
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:  # pydantic's are ValueErrors
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:  # pydantic's are ValueErrors
             log.warning("%s: damaged, the split starts anew: %s", path, error)
             return None, {}
         self._check_settings(progress)
