@@ -4,11 +4,12 @@
     python benchmarks/data.py wiki_docs.jsonl.xz --only read --json out.json   one part
 
 The file is text in any form that data.source takes (.jsonl with "text", .txt, also compressed). Both sides of every
-comparison are measured in turns in the same run, and medians are taken. Reading is compared with `datasets` (Arrow) and
-with MosaicML Streaming (pip install mosaicml-streaming), where that is installed.
+comparison are measured in turns in the same run, now one first, now the other, and medians are taken. Reading is
+compared with `datasets` (Arrow) and with MosaicML Streaming (pip install mosaicml-streaming), where that is installed.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,9 +19,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from vmd_scale.data.shards import ShardReader
 from vmd_scale.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+Side = TypeVar("Side")
 PARTS = ("prepare", "read", "order", "wait")
-SMALL, LARGE = 6_000_000, 60_000_000  # bytes of text
 ROW_LENGTH, SHARD_TOKENS, BATCH = 1024, 1 << 20, 64
 
 
@@ -47,21 +48,35 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="text8", help="as data.tokenizer")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--folder", type=Path, default=Path("runs/data-benchmark"), help="scratch space")
+    parser.add_argument("--megabytes", nargs="+", type=float, default=[6, 60], help="of text to prepare, ascending")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
     report = Report(__doc__, args.json, repeats=args.repeats)
-    texts = {size: text_of(args.documents, size, args.folder) for size in (SMALL, LARGE)}
+    args.folder = folder_for(args)
+    sizes = [int(megabytes * 1e6) for megabytes in args.megabytes]
+    texts = {size: text_of(args.documents, size, args.folder) for size in sizes}
+    largest = texts[max(sizes)]
     if "prepare" in args.only:
         report.add("prepare", cases := measure_preparation(texts, args), prepare_table(cases))
-    shards = shards_of(texts[LARGE], args)
+    shards = shards_of(largest, args)
     if "read" in args.only:
         report.add("read", found := measure_reading(shards, args), read_table(found))
     if "order" in args.only:
         report.add("order", cases := measure_order(args.repeats), order_table(cases))
     if "wait" in args.only:
-        report.add("wait", found := measure_waiting(shards, args), table(("training", found["on"]), found.items()))
+        report.add(
+            "wait", found := measure_waiting(largest, shards, args), table(("training", found["on"]), found.items())
+        )
+
+
+def folder_for(args: argparse.Namespace) -> Path:
+    """Of this input with this tokenizer: what another one has left is not taken for it."""
+    status = args.documents.stat()
+    known_by = f"{args.documents.resolve()} {status.st_size} {status.st_mtime_ns} {args.tokenizer}"
+    folder = args.folder / hashlib.sha256(known_by.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def text_of(documents: Path, size: int, folder: Path) -> Path:
@@ -134,8 +149,8 @@ def children(process: int) -> list[int]:
 def measure_preparation(texts: Mapping[int, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = [(size, workers) for size in texts for workers in (1, 2)]
     found: dict[tuple[int, int], list[dict[str, float]]] = {case: [] for case in cases}
-    for _ in range(args.repeats):
-        for size, workers in cases:
+    for turn in range(args.repeats):
+        for size, workers in in_turn(cases, turn):
             shards = args.folder / "prepared"
             shutil.rmtree(shards, ignore_errors=True)
             data = data_config(texts[size], shards, args, workers)
@@ -151,6 +166,11 @@ def measure_preparation(texts: Mapping[int, Path], args: argparse.Namespace) -> 
         }
         for (size, workers), runs in found.items()
     ]
+
+
+def in_turn(sides: Iterable[Side], turn: int) -> list[Side]:
+    """Backwards every second time: who comes first finds the caches cold."""
+    return list(sides)[:: 1 if turn % 2 == 0 else -1]
 
 
 def shards_of(text: Path, args: argparse.Namespace) -> Path:
@@ -215,7 +235,7 @@ def measure_reading(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
     for turn in range(3 * args.repeats + 1):
         batches = [generator.integers(0, rows, BATCH) for _ in range(40)]
         wanted = None
-        for name, read in sides.items():
+        for name, read in in_turn(sides.items(), turn):
             started = time.perf_counter()
             for batch in batches:
                 last = read(batch)
@@ -226,7 +246,7 @@ def measure_reading(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
             assert torch.equal(last, wanted), f"{name} read other rows"
     result: dict[str, Any] = {name: statistics.median(values) for name, values in speeds.items()}
     result["times_the_faster_of_the_others"] = result["ours"] / max(v for name, v in result.items() if name != "ours")
-    result.setdefault("mosaicml_streaming", "not installed")
+    result.setdefault("mosaicml_streaming", "left out: not installed")
     return {"rows": rows, "row_length": ROW_LENGTH, "batch": BATCH, "rows_per_second": result}
 
 
@@ -240,7 +260,7 @@ def measure_order(repeats: int) -> list[dict[str, Any]]:
         record: dict[str, Any] = {"rows": rows}
         for asked in (512, 100_000):
             times = []
-            for turn in range(20 * repeats):
+            for turn in range(7 * repeats):
                 positions = np.arange(turn * asked, (turn + 1) * asked)
                 started = time.perf_counter()
                 order.row_numbers(positions)
@@ -268,9 +288,9 @@ def training_config(data: DataConfig, batch: int, steps: int) -> Config:
     return parse_config(values, "benchmark")
 
 
-def measure_waiting(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
+def measure_waiting(text: Path, shards: Path, args: argparse.Namespace) -> dict[str, Any]:
     """How fast the loader can be, everything random about a batch included; and its share of a step of training."""
-    data = data_config(args.folder / f"text-{LARGE}.jsonl", shards, args)
+    data = data_config(text, shards, args)
     config = training_config(data, BATCH, 1)
     reader = ShardReader(shards, "train")
     objective = build_objective(config, load_tokenizer(args.tokenizer).vocab_size)
@@ -303,7 +323,7 @@ def measure_waiting(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def prepare_table(cases: list[dict[str, Any]]) -> str:
     columns = ("workers", "tokens_per_second", "peak_mib", "peak_mib_of_a_worker")
-    rows = [(f"{case['text_bytes'] / 1e6:.0f} MB", *(case[name] for name in columns)) for case in cases]
+    rows = [(f"{case['text_bytes'] / 1e6:.3g} MB", *(case[name] for name in columns)) for case in cases]
     return table(("preparation of", "workers", "tokens/s", "peak MiB", "of a worker"), rows)
 
 

@@ -5,20 +5,22 @@
     python benchmarks/protocols.py estimators --data DIR       standard errors at equal cost; a model on real text8
 
 DIR is a folder with the files of FILES and tokenizers/ (GPT-2's and BERT's). Each command writes its part of
-docs/results/protocols.json and the page beside it. `reference` needs transformers 4, whose GPT2Tokenizer and
-BertTokenizer are the authors' own code in Python; what it finds is kept in tests/unit/reference_ids.json, which the
-tests compare with. `estimators` trains a small model first (minutes on two cores), in runs/protocols.
+docs/results/protocols.json and the page beside it. `counts` trains the tokenizer of lm1b_d3pm on LM1B_SAMPLE.
+`reference` needs transformers 4, whose GPT2Tokenizer and BertTokenizer are the authors' own code in Python; what it
+finds is kept in tests/unit/reference_ids.json, which the tests compare with. `estimators` trains a small model first
+(minutes on two cores), in runs/protocols.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.evaluation.perplexity import Request, chosen_rows, evaluate
 from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import write_atomically, write_json
+from vmd_scale.files import check_writable, write_atomically, write_json
+from vmd_scale.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "protocols.json"
@@ -52,6 +55,7 @@ FILES = {  # corpus -> split, file
     "openwebtext": ("validation", "openwebtext/openwebtext_1000docs.jsonl.xz"),
     "text8": ("test", "text8/text8.prefix.xz"),
 }
+LM1B_SAMPLE = "lm1b/dev_sample.tokens.xz"
 GPT2 = {"tokenizer": "gpt2", "row_length": 1024}
 BERT = {"tokenizer": "bert", "row_length": 128, "row_specials": True}
 COUNTED = {  # protocol -> corpus, how its rows are made
@@ -60,6 +64,7 @@ COUNTED = {  # protocol -> corpus, how its rows are made
     "lm1b_packed": ("lm1b", BERT),
     "lm1b_unpacked": ("lm1b", {**BERT, "packing": "pad"}),
     "lm1b_unpacked_mdlm": ("lm1b", {**BERT, "packing": "pad"}),
+    "lm1b_d3pm": ("lm1b", {"tokenizer": "sentencepiece", "row_length": 128, "normalizer": "none"}),
     "owt_mdlm": ("openwebtext", {**GPT2, "row_specials": True}),
     "owt_bd3": ("openwebtext", GPT2),
     **{
@@ -67,7 +72,7 @@ COUNTED = {  # protocol -> corpus, how its rows are made
     },
 }
 TRAINED_ON = "wiki/wiki2019_text8style.txt.xz"
-REPLICATES, REPLICATE_ROWS, MDLM_BATCH = 100, 128, 64
+REPLICATE_ROWS, MDLM_BATCH = 128, 64
 
 
 def config_of(corpus: str, data: Path, **more: Any) -> DataConfig:
@@ -78,10 +83,10 @@ def config_of(corpus: str, data: Path, **more: Any) -> DataConfig:
     return DataConfig(corpus=corpus, source={split: str(data / file)}, **{"shards": "none", **more})
 
 
-def counts(data: Path) -> list[dict[str, Any]]:
-    """What each protocol makes of its file."""
+def counts(data: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each of these protocols makes of its file."""
     found = []
-    for name in COUNTED:
+    for name in names:
         found.append(count(name, data))
         print(json.dumps(found[-1]), flush=True)
     return found
@@ -92,7 +97,9 @@ def count(name: str, data: Path) -> dict[str, Any]:
     corpus, how = COUNTED[name]
     protocol, split = get_protocol(name), FILES[corpus][0]
     with tempfile.TemporaryDirectory() as folder:
-        manifest = prepare(config_of(corpus, data, **how, shards=folder), progress=False)
+        if how["tokenizer"] == "sentencepiece":
+            how = {**how, "tokenizer": str(sentencepiece_model(data, Path(folder)))}
+        manifest = prepare(config_of(corpus, data, **how, shards=f"{folder}/shards"), progress=False)
         protocol.check(manifest)
     record = manifest.splits[split]
     given = record.rows if protocol.first_given else 0
@@ -109,6 +116,21 @@ def count(name: str, data: Path) -> dict[str, Any]:
         "unigram_bits_per_token": record.unigram_entropy / math.log(2),
         "caveat": protocol.caveat(manifest, split),
     }
+
+
+def sentencepiece_model(data: Path, folder: Path) -> Path:
+    """A tokenizer of 8,192 symbols: D3PM's own is not published."""
+    model = folder / "lm1b.model"
+    command = [sys.executable, str(ROOT / "tokenizer" / "train_sentencepiece.py"), "--vocab-size", "8192"]
+    run([*command, "--input", str(data / LM1B_SAMPLE), "--output", str(model)])
+    return model
+
+
+def run(command: list[str]) -> None:
+    """Raises `UserError` where it fails."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode:
+        raise UserError(f"failed: {' '.join(command)}")
 
 
 def texts_of(corpus: str, data: Path) -> Iterator[str]:
@@ -150,26 +172,26 @@ def reference(data: Path) -> dict[str, Any]:
     return result
 
 
-def estimators(data: Path, steps: int) -> dict[str, Any]:
+def estimators(data: Path, steps: int, replicates: int, scratch: Path) -> dict[str, Any]:
     """Train on text in text8's alphabet, evaluate on real text8, compare estimators of the same quantity."""
-    trained = train_small(data, steps)
-    folder = ROOT / "runs" / "protocols" / "text8"
+    trained = train_small(data, steps, scratch)
+    folder = scratch / "text8"
     prepare(config_of("text8", data, tokenizer="text8", row_length=256, shards=str(folder)), progress=False)
     reader = ShardReader(folder, "test")
     bounds = []
     for protocol, values in (("text8", (1.0, 4.0, 16.0, 64.0, math.inf)),):
         request = Request(protocol, "test", values, rows=512, micro_batch=32)
         bounds += [r.to_dict() for r in evaluate(trained.model, reader, request, trained.weights, trained.step)]
-    return {"trained_steps": trained.step, "bounds": bounds, "errors": standard_errors(trained, reader)}
+    return {"trained_steps": trained.step, "bounds": bounds, "errors": standard_errors(trained, reader, replicates)}
 
 
-def train_small(data: Path, steps: int) -> TrainedModel:
-    run = ROOT / "runs" / "protocols" / f"model-{steps}"
+def train_small(data: Path, steps: int, scratch: Path) -> TrainedModel:
+    output = scratch / f"model-{steps}"
     settings = {
         "data.corpus": "text8",
         "data.source": data / TRAINED_ON,
         "data.row_length": 256,
-        "data.shards": ROOT / "runs" / "protocols" / "wiki",
+        "data.shards": scratch / "wiki",
         "model.layers": 4,
         "model.width": 192,
         "model.heads": 6,
@@ -181,13 +203,12 @@ def train_small(data: Path, steps: int) -> TrainedModel:
     }
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     launcher = [sys.executable, str(ROOT / "launchers" / "pretrain.py")]
-    command = [*launcher, "--config", str(ROOT / "configs" / "quickstart.json"), "--output", str(run), *overrides]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise UserError(f"training failed: {' '.join(command)}")
-    return load_trained(find_checkpoint(run), "ema", "cuda" if torch.cuda.is_available() else "cpu")
+    command = [*launcher, "--config", str(ROOT / "configs" / "quickstart.json"), "--output", str(output), *overrides]
+    run(command)
+    return load_trained(find_checkpoint(output), "ema", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def standard_errors(trained: TrainedModel, reader: ShardReader) -> dict[str, Any]:
+def standard_errors(trained: TrainedModel, reader: ShardReader, replicates: int) -> dict[str, Any]:
     """Of the mean over the same rows, one state a row: the standard deviation over fresh noise, nats per token."""
     tokens = torch.from_numpy(reader.read(chosen_rows(reader.rows, REPLICATE_ROWS))[0])
     everything = torch.ones_like(tokens, dtype=torch.bool)
@@ -213,39 +234,55 @@ def standard_errors(trained: TrainedModel, reader: ShardReader) -> dict[str, Any
     }
     found = {}
     for name, estimate in ways.items():
-        means = [float(estimate(Noise(seed)).sum()) / tokens.numel() for seed in range(REPLICATES)]
+        means = [float(estimate(Noise(seed)).sum()) / tokens.numel() for seed in range(replicates)]
         found[name] = {"mean": statistics.fmean(means), "standard_error": statistics.stdev(means)}
         print(name, json.dumps(found[name]), flush=True)
-    return {"rows": total, "replicates": REPLICATES, "ways": found}
+    return {"rows": total, "replicates": replicates, "ways": found}
 
 
 def page(results: dict[str, Any]) -> str:
     """docs/results/protocols.md."""
-    lines = ["# Protocols on real files", "", "Written by `benchmarks/protocols.py`.", ""]
-    if "counts" in results:
-        lines += [
-            "## What they count",
-            "",
-            "| protocol | file | documents | rows | counted tokens | dropped at the end |",
-        ]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
-        for r in results["counts"]:
-            numbers = (f"{r[key]:,}" for key in ("documents", "rows", "counted_tokens", "dropped_tokens"))
-            lines.append(f"| {r['protocol']} | {Path(r['file']).name} | {' | '.join(numbers)} |")
-        caveats = [f"* {r['protocol']}: {r['caveat']}" for r in results["counts"] if r["caveat"]]
-        lines += ["", "What the evaluation says of files that are not the published set:", "", *caveats, ""]
-    if "reference" in results:
-        lines += ["## Ids", "", f"GPT-2 and BERT ids of these files by {results['reference']['reference']}; the tests"]
-        lines += ["compare ours with their checksums.", "", "| tokenizer | corpus | documents | tokens | sha256 |"]
-        lines += ["| --- | --- | --- | --- | --- |"]
-        for name, corpora in results["reference"]["ids"].items():
-            for corpus, one in corpora.items():
-                row = (name, corpus, f"{one['documents']:,}", f"{one['tokens']:,}", one["sha256"][:16])
-                lines.append(f"| {' | '.join(row)} |")
-        lines.append("")
-    if "estimators" in results:
-        lines += _estimator_lines(results["estimators"])
+    lines = ["# Protocols on real files", ""]
+    for part, lines_of in (("counts", _count_lines), ("reference", _reference_lines), ("estimators", _estimator_lines)):
+        if part in results:
+            lines += [*lines_of(results[part]), ""]
+            if made := results["made"].get(part):
+                lines += [f"Made on {made['date']} by `{made['command']}` on {made['hardware']}.", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _count_lines(found: list[dict[str, Any]]) -> list[str]:
+    keys = ("documents", "rows", "counted_tokens", "dropped_tokens")
+    return [
+        "## What they count",
+        "",
+        "| protocol | file | documents | rows | counted tokens | dropped at the end |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(f"| {r['protocol']} | {Path(r['file']).name} | {' | '.join(f'{r[key]:,}' for key in keys)} |" for r in found),
+        "",
+        f"The tokenizer of lm1b_d3pm was trained on {Path(LM1B_SAMPLE).name} for this; another one counts otherwise.",
+        "",
+        "What the evaluation says of files that are not the published set:",
+        "",
+        *(f"* {r['protocol']}: {r['caveat']}" for r in found if r["caveat"]),
+    ]
+
+
+def _reference_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Ids",
+        "",
+        f"GPT-2 and BERT ids of these files by {found['reference']}; the tests",
+        "compare ours with their checksums.",
+        "",
+        "| tokenizer | corpus | documents | tokens | sha256 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, corpora in found["ids"].items():
+        for corpus, one in corpora.items():
+            row = (name, corpus, f"{one['documents']:,}", f"{one['tokens']:,}", one["sha256"][:16])
+            lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def _estimator_lines(found: dict[str, Any]) -> list[str]:
@@ -284,16 +321,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["counts", "reference", "estimators"])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--only", nargs="+", default=list(COUNTED), metavar="PROTOCOL", help="of counts")
     parser.add_argument("--steps", type=int, default=1500, help="of training, for estimators")
+    parser.add_argument("--replicates", type=int, default=100, help="draws of the noise, for estimators")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "protocols", help="scratch space of estimators")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="the page is written beside it")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    check_writable(args.json, "--json")
+    if unknown := [name for name in args.only if name not in COUNTED]:
+        raise UserError(f"--only {unknown[0]}: allowed: {', '.join(COUNTED)}")
+    results = json.loads(args.json.read_text()) if args.json.is_file() else {}
     if args.part == "estimators":
-        results["estimators"] = estimators(args.data, args.steps)
+        results["estimators"] = estimators(args.data, args.steps, args.replicates, args.folder.resolve())
     else:
-        results[args.part] = {"counts": counts, "reference": reference}[args.part](args.data)
-    write_json(RESULTS, results)
-    write_atomically(RESULTS.with_suffix(".md"), page(results))
-    print(f"{RESULTS}: written")
+        results[args.part] = counts(args.data, args.only) if args.part == "counts" else reference(args.data)
+    results.setdefault("made", {})[args.part] = provenance()
+    write_json(args.json, results)
+    write_atomically(args.json.with_suffix(".md"), page(results))
+    print(f"{args.json}: written")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from ranks import run_in_processes
 
+from vmd_scale.config import load_config
+from vmd_scale.data.prepare import prepare
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -151,6 +154,20 @@ def test_wrong_options(call, run, arguments, message):
     assert code == 2, text
     assert text.count("error: ") == 1
     assert message in text
+
+
+def test_shards_of_another_tokenizer_or_with_other_rows(call, run, lab, tmp_path):
+    data = load_config(lab.config).data
+    for name, change, message in (
+        ("tokenizer", {"tokenizer": "text8_mdlm"}, "data.tokenizer 'text8' is not the one that the shards"),
+        ("rows", {"row_length": 16}, "rows of 16, the model was trained on 32"),
+    ):
+        prepare(data.model_copy(update={**change, "shards": str(tmp_path / name)}), ["validation"], progress=False)
+        for protocol in ("rows", "generation"):
+            code, text = call("evaluate", "--checkpoint", run, "--shards", tmp_path / name, "--protocol", protocol)
+            assert code == 2, text
+            assert text.count("error: ") == 1
+            assert message in text
 
 
 def test_results_are_compared_where_they_compare(call, evaluated, tmp_path):

@@ -244,3 +244,47 @@ def test_chaos_really_damages_what_it_says(chaos, tmp_path, how, of_manifest):
         assert not chaos.sound(tmp_path)
         manifest = checkpoint / "manifest.json"
         assert (manifest.exists() and manifest.read_bytes() == before) != of_manifest
+
+
+def test_data_is_measured_and_what_is_not_installed_is_named(tmp_path):
+    file, documents = tmp_path / "data.json", tmp_path / "docs.txt"
+    documents.write_text("\n".join(f"document {'abc'[n % 3] * 5} of a small collection of text" for n in range(9000)))
+    tiny = ("--megabytes", "0.1", "0.4", "--repeats", "1", "--folder", tmp_path / "scratch", "--json", file)
+    run("benchmarks/data.py", documents, *tiny)
+    found = json.loads(file.read_text())
+    assert {"prepare", "read", "order", "wait", "date", "command", "hardware"} <= set(found)
+    assert [(case["workers"], case["tokens"] > 0) for case in found["prepare"]] == [(1, True), (2, True)] * 2
+    speeds = found["read"]["rows_per_second"]
+    assert speeds["ours"] > 0
+    assert speeds["datasets"] > 0
+    if importlib.util.find_spec("streaming") is None:
+        assert speeds["mosaicml_streaming"] == "left out: not installed"
+    assert [case["rows"] for case in found["order"]] == [10**6, 10**9, 10**12]
+    assert 0 <= found["wait"]["data_wait_share_of_a_step"] <= 1
+    # Another input in the same folder is not taken for this one.
+    documents.write_text("other text of no length in particular\n" * 7000)
+    run("benchmarks/data.py", documents, *tiny, "--only", "read")
+    assert json.loads(file.read_text())["read"]["rows"] != found["read"]["rows"]
+
+
+def test_protocols_are_counted_and_estimators_compared(tmp_path):
+    """On text of the test's own; other parts of the file are kept."""
+    words, choice = ["mask", "latent", "noise", "of", "the", "model"], random.Random(0).choice
+    for name in ("text8/text8.prefix.xz", "wiki/wiki2019_text8style.txt.xz"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(lzma.compress(" ".join(choice(words) for _ in range(2000)).encode()))
+    file = tmp_path / "protocols.json"
+    to = ("--data", tmp_path, "--json", file)
+    run("benchmarks/protocols.py", "counts", *to, "--only", "text8", "text8_mdlm")
+    tiny = ("--folder", tmp_path / "runs", "--steps", "2", "--replicates", "2")
+    run("benchmarks/protocols.py", "estimators", *to, *tiny)
+    found = json.loads(file.read_text())
+    assert [record["protocol"] for record in found["counts"]] == ["text8", "text8_mdlm"]
+    assert all(record["caveat"] for record in found["counts"])
+    assert [bound["steps"] for bound in found["estimators"]["bounds"]] == [1, 4, 16, 64, "inf"]
+    assert len(found["estimators"]["errors"]["ways"]) == 4
+    assert set(found["made"]) == {"counts", "estimators"}
+    page = file.with_suffix(".md").read_text()
+    for made in found["made"].values():
+        assert f"Made on {made['date']} by `{made['command']}` on {made['hardware']}." in page

@@ -251,30 +251,6 @@ def test_text_records_and_their_splits(suffix: str, tmp_path: Path) -> None:
     assert texts(mapped, "test") == records[25:]
 
 
-def test_hub_corpora_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    hub = {"train": [{"text": f"t{n}"} for n in range(40)], "test": [{"text": "x"}]}
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *name: list(hub))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split, streaming: iter(hub[split]))
-    config = data("text", "hf:someone/corpus")
-    assert available_splits(config) == SPLITS
-    assert texts(config, "test") == ["x"]
-    assert texts(config, "validation") == ["t18", "t38"]
-    assert len(texts(config, "train")) == 38
-
-
-def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def offline(*name: str) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", offline)
-    with pytest.raises(UserError, match="local file or folder"):
-        texts(data("text", "hf:someone/corpus"), "train")
-
-
 # ---------------------------------------------------------------- wrong input
 
 

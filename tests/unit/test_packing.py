@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data import packing
-from vmd_scale.data.packing import EncodedDocument, PackingCounts, Rows, pack
+from vmd_scale.data.packing import PACKERS, EncodedDocument, PackingCounts, check_packing, kind_of_packer
 from vmd_scale.data.roles import Role
 from vmd_scale.errors import UserError
 
@@ -45,27 +46,37 @@ def encoded(documents: list[list[int]]) -> list[EncodedDocument]:
 
 
 def packed(
-    documents: list[EncodedDocument], config: DataConfig, specials: bool = True
+    documents: list[EncodedDocument], config: DataConfig, specials: bool = True, at_once: int = 1000, anew: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None, PackingCounts]:
-    counts = PackingCounts()
-    parts: list[Rows] = list(pack(documents, config, Letters(specials), counts))
-    if not parts:
+    """All rows. `at_once`: documents between two takes; `anew`: after each take another packer goes on."""
+    tokenizer, counts, parts = Letters(specials), PackingCounts(), []
+    check_packing(config, tokenizer)
+    if documents:
+        make = partial(PACKERS[kind_of_packer(documents[0], config)], config, tokenizer, counts)
+        packer = make()
+        for number, document in enumerate(documents, start=1):
+            packer.add(document)
+            if number % at_once == 0:
+                parts.append(packer.take())
+                if anew:
+                    held, packer = packer.held(), make()
+                    packer.hold(held)
+        parts.append(packer.take(last=True))
+    found = [part for part in parts if part is not None]
+    if not found:
         return np.zeros((0, config.row_length), dtype=np.uint16), None, counts
-    roles = None if parts[0].roles is None else np.concatenate([part.roles for part in parts])
-    return np.concatenate([part.tokens for part in parts]), roles, counts
+    roles = None if found[0].roles is None else np.concatenate([part.roles for part in found])
+    return np.concatenate([part.tokens for part in found]), roles, counts
 
 
+METHODS = ["wrap", "pad", "document"]
 many_documents = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), max_size=20)
 
 
 @settings(deadline=None)
-@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64))
-def test_wrap_loses_only_the_remainder(
-    documents: list[list[int]], length: int, specials: bool, batch_tokens: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
-        rows, roles, counts = packed(encoded(documents), data(length), specials)
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 20))
+def test_wrap_loses_only_the_remainder(documents: list[list[int]], length: int, specials: bool, at_once: int) -> None:
+    rows, roles, counts = packed(encoded(documents), data(length), specials, at_once)
     stream = list(chain.from_iterable([*document, 11] if specials else document for document in documents))
     whole = len(stream) // length * length
     assert roles is None
@@ -83,13 +94,10 @@ def test_wrap_with_row_specials(documents: list[list[int]], length: int) -> None
 
 
 @settings(deadline=None)
-@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64))
-def test_pad_is_one_document_a_row(
-    documents: list[list[int]], length: int, row_specials: bool, batch_tokens: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
-        rows, roles, counts = packed(encoded(documents), data(length, packing="pad", row_specials=row_specials))
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 20))
+def test_pad_is_one_document_a_row(documents: list[list[int]], length: int, row_specials: bool, at_once: int) -> None:
+    config = data(length, packing="pad", row_specials=row_specials)
+    rows, roles, counts = packed(encoded(documents), config, at_once=at_once)
     room = length - 2 if row_specials else length
     assert len(rows) == len(documents)
     assert counts.truncated_documents == sum(len(document) > room for document in documents)
@@ -106,7 +114,7 @@ def test_padding_without_a_pad_token_is_zero() -> None:
 
 
 @pytest.mark.parametrize("length", [5, 4, 3, 2])
-@pytest.mark.parametrize("method", ["wrap", "pad", "document"])
+@pytest.mark.parametrize("method", METHODS)
 def test_pieces_make_one_document(method: str, length: int) -> None:
     whole = [EncodedDocument(np.arange(9)), EncodedDocument(np.arange(4))]
     pieces = [
@@ -118,6 +126,29 @@ def test_pieces_make_one_document(method: str, length: int) -> None:
     config = data(length, packing=method)
     assert packed(pieces, config)[0].tolist() == packed(whole, config)[0].tolist()
     assert packed(pieces, config)[2] == packed(whole, config)[2]
+
+
+pieces_of_documents = st.lists(st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.booleans()))
+
+
+@settings(deadline=None)
+@given(pieces_of_documents, st.integers(3, 12), st.booleans(), st.integers(1, 3), st.sampled_from(METHODS))
+def test_rows_depend_on_the_documents_alone(
+    pieces: list[tuple[list[int], bool]], length: int, specials: bool, at_once: int, method: str
+) -> None:
+    """Not on when they are taken, nor on whether another packer goes on with what the first one held."""
+    documents = [EncodedDocument(np.array(ids, dtype=np.uint16), last=last) for ids, last in pieces]
+    documents.append(EncodedDocument(np.array([7], dtype=np.uint16)))
+    config = data(length, packing=method, documents_per_row=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "OPEN_ROWS", 3)
+        rows, roles, counts = packed(documents, config, specials)
+        for anew in (False, True):
+            others = packed(documents, config, specials, at_once, anew)
+            assert np.array_equal(others[0], rows)
+            assert others[0].dtype == rows.dtype
+            assert others[1] is None if roles is None else np.array_equal(others[1], roles)
+            assert others[2] == counts
 
 
 def test_ready_documents_are_rows() -> None:
@@ -143,17 +174,14 @@ def test_no_documents() -> None:
 
 
 @settings(deadline=None)
-@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 64), st.integers(1, 4), st.integers(1, 3))
+@given(many_documents, st.integers(3, 12), st.booleans(), st.integers(1, 4), st.integers(1, 3))
 def test_document_packing_keeps_every_document_whole(
-    documents: list[list[int]], length: int, specials: bool, batch_tokens: int, most: int, open_rows: int
+    documents: list[list[int]], length: int, specials: bool, most: int, open_rows: int
 ) -> None:
     config = data(length, packing="document", documents_per_row=most)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "OPEN_ROWS", open_rows)
-        whole = packed(encoded(documents), config, specials)
-        patch.setattr(packing, "BATCH_TOKENS", batch_tokens)
         rows, roles, counts = packed(encoded(documents), config, specials)
-    assert np.array_equal(rows, whole[0])  # whatever the batches
     # Without the end token where it would be alone.
     closed = [[*document, 11] if specials and len(document) % length else document for document in documents]
     parts = [document[at : at + length] for document in closed for at in range(0, len(document), length)]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from vmd_scale.build import build_model
 from vmd_scale.config import parse_config
@@ -73,3 +76,39 @@ def test_the_first_token_of_bd3_is_given(tmp_path: Path) -> None:
     (result,) = evaluate(model, reader, Request("owt_bd3", "test", (1.0,), micro_batch=1), "raw", 0)
     assert reader.rows > 1
     assert result.tokens == reader.rows * 1023
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("protocol", "how"),
+    [
+        ("lm1b_packed", {"corpus": "lm1b", "tokenizer": f"bert:{SHARED / 'tokenizers'}", "row_length": 128}),
+        ("owt_mdlm", {"corpus": "openwebtext", "tokenizer": f"gpt2:{SHARED / 'tokenizers'}", "row_length": 1024}),
+    ],
+)
+def test_every_token_between_the_specials_is_counted(protocol: str, how: dict, tmp_path: Path) -> None:
+    text = "A sentence , or two , of the news , and it 's one a line .\n" * 260
+    reader, model = prepared(tmp_path, text, **how, row_specials=True)
+    (result,) = evaluate(model, reader, Request(protocol, "test", (1.0,), rows=3, micro_batch=1), "raw", 0)
+    assert result.tokens == 3 * how["row_length"]
+    assert result.caveat is not None
+
+
+def test_text8_and_sentencepiece_rows_have_no_specials(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "[SEP]": 1, **{f"w{n}": n + 2 for n in range(8190)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    (tmp_path / "d3pm").mkdir()
+    tokenizer.save(str(tmp_path / "d3pm" / "tokenizer.json"))
+    cases = {
+        "text8": ("one line of text " * 80, {"corpus": "text8", "tokenizer": "text8", "row_length": 256}),
+        "lm1b_d3pm": (
+            "\n".join(f"w{n} w{n + 1} , w2" for n in range(200)),
+            {"corpus": "lm1b", "tokenizer": str(tmp_path / "d3pm"), "row_length": 128, "normalizer": "none"},
+        ),
+    }
+    for protocol, (text, how) in cases.items():
+        (tmp_path / protocol).mkdir()
+        reader, model = prepared(tmp_path / protocol, text, **how)
+        (result,) = evaluate(model, reader, Request(protocol, "test", (1.0,)), "raw", 0)
+        assert result.tokens == reader.rows * how["row_length"]

@@ -1,6 +1,6 @@
 """Documents to token ids, in as many processes as wanted; the order of the documents is kept."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -24,7 +24,9 @@ CHUNKS_AHEAD = 4  # for each worker: what may be read but not yet written
 class TextCounts:
     """What went in, empty documents apart; characters and bytes of the normalised text.
 
-    `lengths` counts the documents of 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ...
+    `lengths` counts the documents of 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ... `read` is how many documents, or
+    pieces of them, the corpus has handed out, empty ones too, and `read_characters` what they were made of: where the
+    next one is, and whether the corpus is still the same up to there.
     """
 
     documents: int = 0
@@ -32,17 +34,26 @@ class TextCounts:
     characters: int = 0
     utf8_bytes: int = 0
     lengths: list[int] = field(default_factory=list)
+    begun_length: int = 0  # of a document whose next piece follows
+    read: int = 0
+    read_characters: int = 0
 
-    def add_length(self, tokens: int) -> None:
-        at = max(0, tokens.bit_length() - 1)
-        self.lengths.extend([0] * (at + 1 - len(self.lengths)))
-        self.lengths[at] += 1
+    def add_lengths(self, documents: Iterable[EncodedDocument]) -> None:
+        for document in documents:
+            self.begun_length += len(document.tokens)
+            if document.last:
+                at = max(0, self.begun_length.bit_length() - 1)
+                self.lengths.extend([0] * (at + 1 - len(self.lengths)))
+                self.lengths[at] += 1
+                self.begun_length = 0
 
     def add(self, other: "TextCounts") -> None:
-        self.documents += other.documents
-        self.skipped_documents += other.skipped_documents
-        self.characters += other.characters
-        self.utf8_bytes += other.utf8_bytes
+        for name in ("documents", "skipped_documents", "characters", "utf8_bytes", "read", "read_characters"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+class SourceChanged(Exception):
+    """The corpus does not begin with what was read of it before."""
 
 
 class Encoder:
@@ -61,6 +72,8 @@ class Encoder:
         encoded = []
         for document in chunk:
             counts.documents += document.last
+            counts.read += 1
+            counts.read_characters += _size(document)
             if document.tokens is not None:
                 tokens = document.tokens.astype(self._dtype)
                 encoded.append(EncodedDocument(tokens, ready=True, given=document.given))
@@ -98,26 +111,37 @@ class Encoder:
 
 def encoded_documents(
     config: DataConfig, split: str, tokenizer: Tokenizer, counts: TextCounts
-) -> Iterator[EncodedDocument]:
-    """The encoded documents of a split, in the corpus' order; `counts` is brought up to date on the way.
+) -> Iterator[list[EncodedDocument]]:
+    """The encoded documents of a split, some at a time, in the corpus' order, from where `counts` has come to.
 
-    data.workers processes share the work. They only ever hold what they work on, so that memory stays bounded.
+    `counts` is brought up to date on the way. data.workers processes share the work. They only ever hold what they work
+    on, so that memory stays bounded.
 
     Raises:
         RunFailed: a worker process was killed.
+        SourceChanged: what `counts` has read is not what is there.
     """
     encoder = Encoder(tokenizer, normalizer_name(config))
-    chunks = _chunks(raw_documents(config, split))
+    documents = raw_documents(config, split)
+    _pass_over(documents, counts)
+    chunks = _chunks(documents)
     results = map(encoder.encode, chunks) if config.workers == 1 else _in_processes(encoder, chunks, config.workers)
-    length = 0
     for encoded, more in results:
         counts.add(more)
-        for document in encoded:
-            length += len(document.tokens)
-            if document.last:
-                counts.add_length(length)
-                length = 0
-            yield document
+        counts.add_lengths(encoded)
+        yield encoded
+
+
+def _pass_over(documents: Iterator[Document], counts: TextCounts) -> None:
+    read = characters = 0
+    for document in islice(documents, counts.read):
+        read, characters = read + 1, characters + _size(document)
+    if (read, characters) != (counts.read, counts.read_characters):
+        raise SourceChanged
+
+
+def _size(document: Document) -> int:
+    return len(document.text) + len(document.prompt or "") + (0 if document.tokens is None else len(document.tokens))
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:

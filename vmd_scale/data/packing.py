@@ -5,23 +5,25 @@ pad       one document a row, cut off at L or padded to it; of a prompt with its
 document  several whole documents a row, each closed likewise; one that is longer than L is cut into several, and one
           that then ends with its row is not closed: the end token would be a document of its own
 ready     documents that come as tokens (puzzles) are rows already; with wrap or pad
+
+What a packer holds between two documents can be written down and taken up again: `held` and `hold`.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 
 from vmd_scale.config import DataConfig
+from vmd_scale.data.manifest import token_dtype
 from vmd_scale.data.roles import Role
 from vmd_scale.errors import UserError
 from vmd_scale.tokenization import Tokenizer
 
-# Rows are handed on in batches of about so many tokens: big enough for numpy, small enough for any memory.
-BATCH_TOKENS = 1 << 20
 OPEN_ROWS = 64  # among which packing `document` looks for the one that a document fits best
+
+Held = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -70,179 +72,174 @@ def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.row_length must be at least 3 with data.row_specials, found {config.row_length}")
 
 
-def pack(
-    documents: Iterable[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[Rows]:
-    """Batches of rows, in the documents' order; `counts` is brought up to date on the way.
+class Packer:
+    """Documents are added, rows are taken: those that are full at any time, the others when there are no more.
 
-    The rows depend on the stream of documents alone, not on how it was cut into batches.
-
-    Raises:
-        UserError: see `check_packing`; ready documents or prompts with a packing that is not for them; a ready document
-            whose length is not data.row_length.
+    The rows depend on the documents and their order alone, not on when they are taken. `counts` is kept up to date.
     """
-    check_packing(config, tokenizer)
-    iterator = iter(documents)
-    first = next(iterator, None)
-    if first is None:
-        return iter(())
-    _check_kind(first, config)
-    stream = _with_first(first, iterator)
-    if first.ready:
-        return _ready(stream, config)
-    if first.given is not None:
-        return _prompts(stream, config, tokenizer, counts)
-    if config.packing == "wrap":
-        return _wrap(stream, config, tokenizer, counts)
-    if config.packing == "document":
-        return _batches(_rows_of_documents(stream, config, tokenizer, counts), config, tokenizer)
-    return _pad(stream, config, tokenizer, counts)
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        self.config, self.tokenizer, self.counts = config, tokenizer, counts
+        self.room = config.row_length - 2 if config.row_specials else config.row_length  # without specials of the row
+        self.nothing = np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
+
+    def add(self, document: EncodedDocument) -> None:
+        """Raises `UserError` for a document that fits into no row of this configuration."""
+        raise NotImplementedError
+
+    def take(self, last: bool = False) -> Rows | None:
+        """The rows that are full by now, in order; with `last` also those that no document will fill."""
+        raise NotImplementedError
+
+    def held(self) -> Held:
+        """What was added and not yet taken, when `take` was just called."""
+        return {}
+
+    def hold(self, held: Held) -> None:
+        """Go on where another packer `held` this."""
+
+    def surrounded(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n, room] between the specials that the configuration wants."""
+        if not self.config.row_specials:
+            return rows
+        begin = np.full((len(rows), 1), self.tokenizer.begin_id, dtype=rows.dtype)
+        end = np.full((len(rows), 1), self.tokenizer.end_id, dtype=rows.dtype)
+        return np.concatenate([begin, rows, end], axis=1)
+
+    def padded(self, texts: list[np.ndarray]) -> Rows:
+        """A row for each text."""
+        filled = np.arange(self.config.row_length) < np.array([len(text) for text in texts])[:, None]
+        tokens = np.full(filled.shape, self.tokenizer.pad_id or 0, dtype=texts[0].dtype)
+        tokens[filled] = np.concatenate(texts)
+        return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
 
 
-def _check_kind(first: EncodedDocument, config: DataConfig) -> None:
-    """Corpora have documents of one kind: the first one tells which."""
-    if first.ready and config.packing == "document":  # nothing would mark where a document, and its latent, begins
-        raise UserError(
-            f"data.packing 'document' found, but the documents of corpus {config.corpus!r} come as rows of tokens: "
-            "'wrap' or 'pad' are allowed"
-        )
-    if not first.ready and first.given is not None and (config.packing != "pad" or config.row_specials):
-        raise UserError(
-            f"data.packing {config.packing!r} and data.row_specials {str(config.row_specials).lower()} found, but the "
-            f"documents of corpus {config.corpus!r} have prompts: only 'pad' and false are allowed"
-        )
+class Wrap(Packer):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        super().__init__(config, tokenizer, counts)
+        self._stream = [self.nothing]
+        self._end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+
+    def add(self, document: EncodedDocument) -> None:
+        self._stream.append(document.tokens)
+        if document.last and self._end:
+            self._stream.append(np.array(self._end, dtype=document.tokens.dtype))
+
+    def take(self, last: bool = False) -> Rows | None:
+        tokens = np.concatenate(self._stream)
+        whole = len(tokens) // self.room * self.room
+        self._stream = [tokens[whole:]]
+        if last:
+            self.counts.dropped_tokens += len(tokens) - whole
+        return Rows(self.surrounded(tokens[:whole].reshape(-1, self.room))) if whole else None
+
+    def held(self) -> Held:
+        return {"stream": np.concatenate(self._stream)}
+
+    def hold(self, held: Held) -> None:
+        self._stream = [held["stream"]]
 
 
-def _with_first(first: EncodedDocument, rest: Iterator[EncodedDocument]) -> Iterator[EncodedDocument]:
-    yield first
-    yield from rest
+class Pad(Packer):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        super().__init__(config, tokenizer, counts)
+        self._begun = self.nothing  # of a document whose next piece follows
+        self._texts: list[np.ndarray] = []
+
+    def add(self, document: EncodedDocument) -> None:
+        if len(self._begun) <= self.room:  # further pieces would only be cut off
+            self._begun = np.concatenate([self._begun, document.tokens])
+        if document.last:
+            self.counts.truncated_documents += len(self._begun) > self.room
+            self._texts.append(self.surrounded(self._begun[None, : self.room])[0])
+            self._begun = self.nothing
+
+    def take(self, last: bool = False) -> Rows | None:
+        texts, self._texts = self._texts, []
+        return self.padded(texts) if texts else None
+
+    def held(self) -> Held:
+        return {"begun": self._begun}
+
+    def hold(self, held: Held) -> None:
+        self._begun = held["begun"]
 
 
-def _wrap(
-    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[Rows]:
-    length = config.row_length - 2 if config.row_specials else config.row_length
-    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-    buffer: list[np.ndarray] = []
-    held = 0
-    for document in documents:
-        buffer.append(document.tokens)
-        held += len(document.tokens)
-        if document.last and end:
-            buffer.append(np.array(end, dtype=document.tokens.dtype))
-            held += 1
-        if held >= max(BATCH_TOKENS, length):
-            rows, rest = _cut(np.concatenate(buffer), length)
-            yield Rows(_surround(rows, config, tokenizer))
-            buffer, held = [rest], len(rest)
-    if buffer:
-        rows, rest = _cut(np.concatenate(buffer), length)
-        counts.dropped_tokens += len(rest)
-        if len(rows):
-            yield Rows(_surround(rows, config, tokenizer))
+class Documents(Packer):
+    """Best fit among a bounded number of open rows."""
 
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        super().__init__(config, tokenizer, counts)
+        self._open: list[tuple[int, int, list[np.ndarray]]] = []  # (room that is left, number, documents), sorted
+        self._opened = 0
+        self._full: list[list[np.ndarray]] = []
+        self._begun = self.nothing  # of a document whose next piece follows
+        self._parts = 0  # that it has been cut into already
 
-def _cut(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole rows [n, length] and the remainder."""
-    whole = len(tokens) // length * length
-    return tokens[:whole].reshape(-1, length), tokens[whole:]
+    def add(self, document: EncodedDocument) -> None:
+        length, end = self.config.row_length, self.tokenizer.end_id
+        text = np.concatenate([self._begun, document.tokens])
+        while len(text) > length or (len(text) == length and not document.last):
+            self._place(text[:length])
+            text, self._parts = text[length:], self._parts + 1
+        self._begun = text
+        if document.last:
+            if end is not None:
+                full = len(text) == length or (self._parts and not len(text))
+                self.counts.dropped_tokens += bool(full)
+                text = text if full else np.append(text, np.array([end], dtype=text.dtype))
+            if len(text):
+                self._place(text)
+            self.counts.split_documents += self._parts + (len(text) > 0) > 1
+            self._begun, self._parts = self.nothing, 0
 
-
-def _surround(rows: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    if not config.row_specials:
-        return rows
-    begin = np.full((len(rows), 1), tokenizer.begin_id, dtype=rows.dtype)
-    end = np.full((len(rows), 1), tokenizer.end_id, dtype=rows.dtype)
-    return np.concatenate([begin, rows, end], axis=1)
-
-
-def _pad(
-    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[Rows]:
-    length = config.row_length - 2 if config.row_specials else config.row_length
-    lengths: list[int] = []
-    texts: list[np.ndarray] = []
-    pieces: list[np.ndarray] = []
-    for document in documents:
-        if sum(map(len, pieces)) <= length:  # further pieces would only be cut off
-            pieces.append(document.tokens)
-        if not document.last:
-            continue
-        tokens = np.concatenate(pieces)
-        pieces = []
-        counts.truncated_documents += len(tokens) > length
-        tokens = _surround(tokens[None, :length], config, tokenizer)[0]
-        texts.append(tokens)
-        lengths.append(len(tokens))
-        if len(texts) * config.row_length >= BATCH_TOKENS:
-            yield _padded(texts, lengths, config, tokenizer)
-            texts, lengths = [], []
-    if texts:
-        yield _padded(texts, lengths, config, tokenizer)
-
-
-def _padded(texts: list[np.ndarray], lengths: list[int], config: DataConfig, tokenizer: Tokenizer) -> Rows:
-    filled = np.arange(config.row_length) < np.array(lengths)[:, None]
-    tokens = np.full(filled.shape, tokenizer.pad_id or 0, dtype=texts[0].dtype)
-    tokens[filled] = np.concatenate(texts)
-    return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
-
-
-def _rows_of_documents(
-    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[list[np.ndarray]]:
-    """The documents of each row: best fit among a bounded number of open rows."""
-    open_rows: list[tuple[int, int, list[np.ndarray]]] = []  # (room that is left, number of the row, documents)
-    opened = 0
-    for text in _pieces_that_fit(documents, config.row_length, tokenizer, counts):
-        place = bisect_left(open_rows, (len(text), -1))
-        if place < len(open_rows):
-            room, number, row = open_rows.pop(place)
+    def _place(self, text: np.ndarray) -> None:
+        at = bisect_left(self._open, (len(text), -1))
+        if at < len(self._open):
+            room, number, row = self._open.pop(at)
         else:
-            room, number, row, opened = config.row_length, opened, [], opened + 1
+            room, number, row = self.config.row_length, self._opened, []
+            self._opened += 1
         row.append(text)
         room -= len(text)
-        if not room or len(row) == config.documents_per_row:
-            yield row
-            continue
-        insort(open_rows, (room, number, row))
-        if len(open_rows) > OPEN_ROWS:
-            yield open_rows.pop(0)[2]  # the fullest
-    yield from (row for _, _, row in sorted(open_rows, key=lambda open_row: open_row[1]))
+        if not room or len(row) == self.config.documents_per_row:
+            self._full.append(row)
+            return
+        insort(self._open, (room, number, row))
+        if len(self._open) > OPEN_ROWS:
+            self._full.append(self._open.pop(0)[2])  # the fullest
 
-
-def _pieces_that_fit(
-    documents: Iterator[EncodedDocument], length: int, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[np.ndarray]:
-    """Ids [1 .. L] of a document with its end token, or of a part of one that is longer."""
-    rest: list[np.ndarray] = []
-    parts = 0
-    for document in documents:
-        text = np.concatenate([*rest, document.tokens])
-        while len(text) > length or (len(text) == length and not document.last):
-            yield text[:length]
-            text, parts = text[length:], parts + 1
-        rest = [text]
-        if document.last:
-            if tokenizer.end_id is not None:
-                full = len(text) == length or (parts and not len(text))
-                counts.dropped_tokens += bool(full)
-                text = text if full else np.append(text, np.array([tokenizer.end_id], dtype=text.dtype))
-            if len(text):
-                yield text
-            counts.split_documents += parts + (len(text) > 0) > 1
-            rest, parts = [], 0
-
-
-def _batches(rows: Iterator[list[np.ndarray]], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Rows]:
-    while batch := list(islice(rows, -(-BATCH_TOKENS // config.row_length))):
-        filled = _padded(
-            [np.concatenate(row) for row in batch], [sum(map(len, row)) for row in batch], config, tokenizer
-        )
+    def take(self, last: bool = False) -> Rows | None:
+        rows, self._full = self._full, []
+        if last:
+            rows += [row for _, _, row in sorted(self._open, key=lambda open_row: open_row[1])]
+            self._open = []
+        if not rows:
+            return None
+        filled = self.padded([np.concatenate(row) for row in rows])
         assert filled.roles is not None
-        for roles, row in zip(filled.roles, batch, strict=True):
+        for roles, row in zip(filled.roles, rows, strict=True):
             roles[np.cumsum([0, *map(len, row[:-1])])] = Role.FIRST
-        yield filled
+        return filled
+
+    def held(self) -> Held:
+        placed = [(number, text) for _, number, row in self._open for text in row]
+        return {
+            "begun": self._begun,
+            "counters": np.array([self._parts, self._opened]),
+            "row_of_document": np.array([number for number, _ in placed], dtype=np.int64),
+            "ends": np.cumsum([len(text) for _, text in placed], dtype=np.int64),
+            "tokens": np.concatenate([self.nothing, *(text for _, text in placed)]),
+        }
+
+    def hold(self, held: Held) -> None:
+        self._begun = held["begun"]
+        self._parts, self._opened = held["counters"].tolist()
+        rows: dict[int, list[np.ndarray]] = {}
+        texts = np.split(held["tokens"], held["ends"][:-1])
+        for number, text in zip(held["row_of_document"].tolist(), texts, strict=False):  # no document is one text
+            rows.setdefault(number, []).append(text)
+        self._open = sorted((self.config.row_length - sum(map(len, row)), n, row) for n, row in rows.items())
 
 
 def fill_id(tokenizer: Tokenizer) -> int:
@@ -250,60 +247,83 @@ def fill_id(tokenizer: Tokenizer) -> int:
     return next((i for i in (tokenizer.end_id, tokenizer.pad_id) if i is not None), 0)
 
 
-def _prompts(
-    documents: Iterator[EncodedDocument], config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts
-) -> Iterator[Rows]:
+class Prompts(Packer):
     """Prompt (given), response and what fills it up (ordinary), padding. A prompt that is too long loses its start."""
-    length = config.row_length
-    batch: list[tuple[np.ndarray, np.ndarray]] = []
-    for document in documents:
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        super().__init__(config, tokenizer, counts)
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, document: EncodedDocument) -> None:
+        length = self.config.row_length
         assert document.given is not None
         if (document.response_width or 0) > length:
             raise UserError(
                 f"data.source: the longest label has {document.response_width} tokens, but data.row_length is {length}"
             )
         prompt, response = document.tokens[document.given], document.tokens[~document.given]
-        ended = len(response) + (document.response_width is None and tokenizer.end_id is not None)
+        ended = len(response) + (document.response_width is None and self.tokenizer.end_id is not None)
         width = min(length, max(ended, document.response_width or 1))
-        counts.truncated_documents += len(prompt) + width > length or len(response) > width
+        self.counts.truncated_documents += len(prompt) + width > length or len(response) > width
         prompt = prompt[max(0, len(prompt) + width - length) :]
         end = len(prompt) + width if document.response_width else length
-        tokens = np.full(length, fill_id(tokenizer), dtype=document.tokens.dtype)
+        tokens = np.full(length, fill_id(self.tokenizer), dtype=document.tokens.dtype)
         tokens[: len(prompt)] = prompt
         tokens[len(prompt) : len(prompt) + min(len(response), width)] = response[:width]
         roles = np.full(length, Role.PADDING, dtype=np.uint8)
         roles[: len(prompt)], roles[len(prompt) : end] = Role.GIVEN, Role.ORDINARY
-        batch.append((tokens, roles))
-        if len(batch) * length >= BATCH_TOKENS:
-            yield _rows_of(batch)
-            batch = []
-    if batch:
-        yield _rows_of(batch)
+        self._rows.append((tokens, roles))
+
+    def take(self, last: bool = False) -> Rows | None:
+        rows, self._rows = self._rows, []
+        return Rows(np.stack([tokens for tokens, _ in rows]), np.stack([roles for _, roles in rows])) if rows else None
 
 
-def _rows_of(batch: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
-    return Rows(np.stack([tokens for tokens, _ in batch]), np.stack([roles for _, roles in batch]))
+class Ready(Packer):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
+        super().__init__(config, tokenizer, counts)
+        self._documents: list[EncodedDocument] = []
 
-
-def _ready(documents: Iterator[EncodedDocument], config: DataConfig) -> Iterator[Rows]:
-    batch: list[EncodedDocument] = []
-    for document in documents:
-        if len(document.tokens) != config.row_length:
+    def add(self, document: EncodedDocument) -> None:
+        if len(document.tokens) != self.config.row_length:
             raise UserError(
-                f"data.row_length is {config.row_length}, but corpus {config.corpus!r} has rows of "
+                f"data.row_length is {self.config.row_length}, but corpus {self.config.corpus!r} has rows of "
                 f"{len(document.tokens)} tokens; set data.row_length={len(document.tokens)}"
             )
-        batch.append(document)
-        if len(batch) * config.row_length >= BATCH_TOKENS:
-            yield _stacked(batch)
-            batch = []
-    if batch:
-        yield _stacked(batch)
+        self._documents.append(document)
+
+    def take(self, last: bool = False) -> Rows | None:
+        documents, self._documents = self._documents, []
+        if not documents:
+            return None
+        tokens = np.stack([document.tokens for document in documents])
+        if documents[0].given is None:
+            return Rows(tokens)
+        given = np.stack([document.given for document in documents if document.given is not None])
+        return Rows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))
 
 
-def _stacked(batch: list[EncodedDocument]) -> Rows:
-    tokens = np.stack([document.tokens for document in batch])
-    if batch[0].given is None:
-        return Rows(tokens)
-    given = np.stack([document.given for document in batch if document.given is not None])
-    return Rows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))
+PACKERS = {"wrap": Wrap, "pad": Pad, "document": Documents, "prompts": Prompts, "ready": Ready}
+
+
+def kind_of_packer(first: EncodedDocument, config: DataConfig) -> str:
+    """One of PACKERS. Corpora have documents of one kind: the first one tells which.
+
+    Raises:
+        UserError: ready documents or prompts with a packing that is not for them.
+    """
+    if first.ready:
+        if config.packing == "document":  # nothing would mark where a document, and its latent, begins
+            raise UserError(
+                f"data.packing 'document' found, but the documents of corpus {config.corpus!r} come as rows of tokens: "
+                "'wrap' or 'pad' are allowed"
+            )
+        return "ready"
+    if first.given is not None:
+        if config.packing != "pad" or config.row_specials:
+            raise UserError(
+                f"data.packing {config.packing!r} and data.row_specials {str(config.row_specials).lower()} found, but "
+                f"the documents of corpus {config.corpus!r} have prompts: only 'pad' and false are allowed"
+            )
+        return "prompts"
+    return config.packing

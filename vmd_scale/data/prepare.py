@@ -1,12 +1,12 @@
 """From a corpus to a folder of shards: documents -> ids -> rows -> files -> manifest.
 
 The manifest is written last. A preparation that was killed leaves ``manifest.partial.json`` with the splits it had
-finished; the next one keeps those and starts the others again. The files do not depend on data.workers.
+finished, and of the split it was at the finished shards with ``SPLIT.progress``; the next one goes on from there. The
+files depend neither on that nor on data.workers.
 """
 
 import fcntl
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vmd_scale.config import DataConfig
-from vmd_scale.data.corpora import available_splits, find_corpus, normalizer_name, raw_documents
-from vmd_scale.data.encode import TextCounts, encoded_documents, unigram_entropy
+from vmd_scale.data.corpora import SPLITS, available_splits, find_corpus, normalizer_name, raw_documents
+from vmd_scale.data.encode import SourceChanged, encoded_documents
 from vmd_scale.data.manifest import (
     MANIFEST,
     PARTIAL,
@@ -30,10 +30,10 @@ from vmd_scale.data.manifest import (
     read_manifest,
     token_dtype,
 )
-from vmd_scale.data.packing import PackingCounts, check_packing, pack
+from vmd_scale.data.packing import check_packing
 from vmd_scale.data.remote import is_remote
-from vmd_scale.data.roles import is_counted
-from vmd_scale.data.shards import ShardReader, SplitWriter
+from vmd_scale.data.shards import ShardReader
+from vmd_scale.data.split import SplitPreparation, progress_file, remove_files
 from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 
@@ -54,7 +54,7 @@ def prepare(
     Raises:
         UserError: anything wrong with the configuration or the source; a folder that holds shards made with other
             settings; another process that is writing there.
-        RunFailed: a worker process was killed. Finished splits are kept; call again to go on.
+        RunFailed: a worker process was killed, or a source out of reach. Finished shards are kept; call again to go on.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     check_packing(config, tokenizer)
@@ -71,21 +71,23 @@ def prepare(
         if force:
             for split in wanted:
                 next(raw_documents(config, split), None)  # a source that is not there must not cost the old shards
-            _remove(folder, None)
+            _remove_all(folder)
         manifest = _started(folder, config, tokenizer)
         todo = [split for split in wanted if split not in manifest.splits]
         if not todo and not (folder / PARTIAL).is_file():  # another process was faster
             return manifest
         for split in todo:
-            _remove(folder, split)
             try:
-                record = _prepare_split(config, split, tokenizer, folder, progress)
+                record = _prepare_split(config, split, tokenizer, manifest, progress)
             except (UserError, RunFailed):
-                _remove(folder, split)
+                if not progress_file(folder, split).exists():  # else the next preparation goes on from there
+                    remove_files(folder, split)
                 raise
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
             manifest.write(folder / PARTIAL)
         manifest.write(folder / MANIFEST)
+        for split in manifest.splits:
+            progress_file(folder, split).unlink(missing_ok=True)
         (folder / PARTIAL).unlink(missing_ok=True)
     return manifest
 
@@ -177,52 +179,46 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
     )
 
 
-def _remove(folder: Path, split: str | None) -> None:
-    """Delete the files of a split, or everything that a preparation writes; nothing else that may lie there."""
-    if split is None:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
-        (folder / PARTIAL).unlink(missing_ok=True)
-    ours = re.compile(rf"({split or 'train|validation|test'})-\d{{5,}}\.(tokens|roles)(\.tmp)?")
-    for path in folder.iterdir():
-        if ours.fullmatch(path.name):
-            path.unlink()
+def _remove_all(folder: Path) -> None:
+    """Everything that a preparation writes; nothing else that may lie there."""
+    (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
+    (folder / PARTIAL).unlink(missing_ok=True)
+    for split in SPLITS:
+        remove_files(folder, split)
 
 
-def _prepare_split(config: DataConfig, split: str, tokenizer: Tokenizer, folder: Path, progress: bool) -> SplitRecord:
-    text, packing = TextCounts(), PackingCounts()
-    frequencies = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    rows_per_shard = max(1, config.shard_tokens // config.row_length)
-    writer = SplitWriter(folder, split, token_dtype(tokenizer.vocab_size), config.row_length, rows_per_shard)
-    rows, started = 0, time.perf_counter()
+def _prepare_split(
+    config: DataConfig, split: str, tokenizer: Tokenizer, manifest: Manifest, progress: bool
+) -> SplitRecord:
+    """The files are those of an undisturbed preparation, wherever one that was killed had come to."""
+    settings = manifest.model_copy(update={"splits": {}})
+    preparation = SplitPreparation(config, split, tokenizer, settings)
+    preparation.go_on()
+    try:
+        return _encode_into(preparation, config, split, tokenizer, progress)
+    except SourceChanged:
+        log.warning("%s: data.source has changed since the preparation was interrupted, the split starts anew", split)
+        remove_files(Path(config.shards), split)
+        return _encode_into(SplitPreparation(config, split, tokenizer, settings), config, split, tokenizer, progress)
+
+
+def _encode_into(
+    preparation: SplitPreparation, config: DataConfig, split: str, tokenizer: Tokenizer, progress: bool
+) -> SplitRecord:
     seconds = 0.1 if sys.stderr.isatty() else 60.0  # a file keeps every state of the bar
+    rows, started = preparation.rows, time.perf_counter()
     with tqdm(
-        desc=f"prepare {split}", unit=" tokens", unit_scale=True, disable=not progress, mininterval=seconds
+        desc=f"prepare {split}",
+        unit=" tokens",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=seconds,
+        initial=rows * config.row_length,
     ) as bar:
-        for packed in pack(encoded_documents(config, split, tokenizer, text), config, tokenizer, packing):
-            writer.append(packed.tokens, packed.roles)
-            counted = packed.tokens if packed.roles is None else packed.tokens[is_counted(packed.roles)]
-            frequencies += np.bincount(counted.ravel(), minlength=tokenizer.vocab_size)
-            rows += len(packed.tokens)
-            bar.update(packed.tokens.size)
-    shards = writer.close()
-    seconds, tokens = time.perf_counter() - started, rows * config.row_length
+        for documents in encoded_documents(config, split, tokenizer, preparation.text):
+            preparation.add(documents)
+            bar.update(preparation.rows * config.row_length - bar.n)
+    record = preparation.finish()
+    seconds, tokens = time.perf_counter() - started, (record.rows - rows) * config.row_length
     log.info("%s: %s tokens in %.1f s, %s tokens/s", split, f"{tokens:,}", seconds, f"{tokens / seconds:,.0f}")
-    if not rows:
-        raise UserError(
-            f"data.source: split {split!r} of corpus {config.corpus!r} fills no row of {config.row_length} tokens: "
-            f"{text.documents} documents, {text.skipped_documents} empty ones, {packing.dropped_tokens} tokens"
-        )
-    return SplitRecord(
-        rows=rows,
-        counted_tokens=int(frequencies.sum()),
-        documents=text.documents,
-        skipped_documents=text.skipped_documents,
-        truncated_documents=packing.truncated_documents,
-        split_documents=packing.split_documents,
-        dropped_tokens=packing.dropped_tokens,
-        document_lengths=tuple(text.lengths),
-        characters=text.characters,
-        utf8_bytes=text.utf8_bytes,
-        unigram_entropy=unigram_entropy(frequencies),
-        shards=shards,
-    )
+    return record

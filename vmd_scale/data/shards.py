@@ -33,9 +33,21 @@ log = logging.getLogger(__name__)
 
 
 class SplitWriter:
-    """Writes the shards of one split; every file gets its name when it is complete."""
+    """Writes the shards of one split; every file gets its name when it is complete.
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, row_length: int, rows_per_shard: int) -> None:
+    Args:
+        finished: shards that are there already; the next one follows them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        row_length: int,
+        rows_per_shard: int,
+        finished: Sequence[Shard] = (),
+    ) -> None:
         self._folder = folder
         self._split = split
         self._dtype = dtype.newbyteorder("<")
@@ -43,7 +55,16 @@ class SplitWriter:
         self._rows_per_shard = rows_per_shard
         self._open: tuple[_HashedFile, _HashedFile | None] | None = None
         self._rows_in_open = 0
-        self._shards: list[Shard] = []
+        self._shards = list(finished)
+
+    @property
+    def finished(self) -> tuple[Shard, ...]:
+        return tuple(self._shards)
+
+    @property
+    def rows_in_open(self) -> int:
+        """Rows, the last ones, that are in no finished shard."""
+        return self._rows_in_open
 
     def append(self, tokens: np.ndarray, roles: np.ndarray | None) -> None:
         """Add rows: ids [n, L], roles uint8 [n, L] for all rows of the split or for none."""
@@ -58,7 +79,7 @@ class SplitWriter:
         """Finish the last shard."""
         if self._open is not None:
             self._finish_shard()
-        return tuple(self._shards)
+        return self.finished
 
     def _write(self, tokens: np.ndarray, roles: np.ndarray | None) -> None:
         assert tokens.shape[1] == self._row_length

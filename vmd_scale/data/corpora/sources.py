@@ -4,11 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data.corpora.files import files_of, records
 from vmd_scale.data.corpora.registry import SPLITS, in_twentieth, mapped_splits
-from vmd_scale.errors import UserError
+from vmd_scale.data.remote import persistently
+from vmd_scale.errors import RunFailed, UserError
+
+Answer = TypeVar("Answer")
 
 HUB = "hf:"
 
@@ -127,19 +131,13 @@ def _hub_name(source: str) -> list[str]:
 def _hub_splits(source: str) -> tuple[str, ...]:
     import datasets
 
-    try:
-        return tuple(datasets.get_dataset_split_names(*_hub_name(source)))
-    except Exception as error:  # no network, unknown name, gated: datasets has no common base for them
-        raise _hub_error(source, error) from None
+    return tuple(_from_hub(source, lambda: datasets.get_dataset_split_names(*_hub_name(source))))
 
 
 def _hub_count(source: str, split: str, column: str) -> int:
     import datasets
 
-    try:
-        info = datasets.load_dataset_builder(*_hub_name(source)).info.splits
-    except Exception as error:
-        raise _hub_error(source, error) from None
+    info = _from_hub(source, lambda: datasets.load_dataset_builder(*_hub_name(source)).info.splits)
     count = info[split].num_examples if info else None
     return count or sum(1 for _ in _hub_texts(source, split, column))
 
@@ -147,23 +145,43 @@ def _hub_count(source: str, split: str, column: str) -> int:
 def _hub_texts(source: str, split: str, column: str) -> Iterator[str]:
     import datasets
 
+    stream: Iterator[Any] | None = None
+    read = 0
+
+    def following() -> Any:
+        """The next record, or None. A stream that broke is opened again, and read past what it has given."""
+        nonlocal stream
+        try:
+            if stream is None:
+                opened = datasets.load_dataset(*_hub_name(source), split=split, streaming=True)
+                stream = islice(opened, read, None)
+            return next(stream, None)
+        except Exception:
+            stream = None
+            raise
+
+    while (record := _from_hub(source, following)) is not None:
+        read += 1
+        if not isinstance(record.get(column), str):
+            raise UserError(
+                f'data.source {source!r}: records have no string "{column}" (data.text_column); '
+                f"columns: {', '.join(record)}"
+            )
+        yield record[column]
+
+
+def _from_hub(source: str, fetch: Callable[[], Answer]) -> Answer:
+    """What `fetch` gives, which is tried again as all that is remote; an error says what to do instead."""
+    hint = "download it where there is a network and give the local file or folder"
     try:
-        for record in datasets.load_dataset(*_hub_name(source), split=split, streaming=True):
-            if not isinstance(record.get(column), str):
-                raise UserError(
-                    f'data.source {source!r}: records have no string "{column}" (data.text_column); '
-                    f"columns: {', '.join(record)}"
-                )
-            yield record[column]
-    except UserError:
-        raise
-    except Exception as error:
-        raise _hub_error(source, error) from None
+        return persistently(f"data.source {source!r}", fetch)
+    except FileNotFoundError as error:  # there is no data set of that name, or it is not for everybody
+        raise UserError(f"data.source {source!r}: {_first_line(error)}; or {hint}") from None
+    except UserError as error:
+        raise UserError(f"{_first_line(error)}; or {hint}") from None
+    except RunFailed as error:
+        raise RunFailed(f"{_first_line(error)}; call again to go on, or {hint}") from None
 
 
-def _hub_error(source: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"data.source {source!r} is not to be had from the Hugging Face hub ({reason}); "
-        "download it where there is a network and give the local file or folder"
-    )
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
