@@ -118,7 +118,8 @@ class ShardedMaster:
             self._inner.state.pop(owner, None)
             if not names:  # there was no update yet; a state without moments would not be made whole
                 continue
-            group = groups[id(owner)]
+            # Stage 3 leaves the groups empty between two steps; there all are AdamW's.
+            group = groups.get(id(owner), self._inner.defaults)
             state: dict[str, Tensor] = {}
             orthogonalized = group.get("use_muon", False)
             if not orthogonalized:
