@@ -9,8 +9,9 @@ ready     documents that come as tokens (puzzles) are rows already; with wrap or
 What a packer holds between two documents can be written down and taken up again: `held` and `hold`.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,7 @@ def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.row_length must be at least 3 with data.row_specials, found {config.row_length}")
 
 
-class Packer:
+class Packer(ABC):
     """Documents are added, rows are taken: those that are full at any time, the others when there are no more.
 
     The rows depend on the documents and their order alone, not on when they are taken. `counts` is kept up to date.
@@ -83,13 +84,13 @@ class Packer:
         self.room = config.row_length - 2 if config.row_specials else config.row_length  # without specials of the row
         self.nothing = np.empty(0, dtype=token_dtype(tokenizer.vocab_size))
 
+    @abstractmethod
     def add(self, document: EncodedDocument) -> None:
         """Raises `UserError` for a document that fits into no row of this configuration."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, last: bool = False) -> Rows | None:
         """The rows that are full by now, in order; with `last` also those that no document will fill."""
-        raise NotImplementedError
 
     def held(self) -> Held:
         """What was added and not yet taken, when `take` was just called."""
@@ -97,6 +98,7 @@ class Packer:
 
     def hold(self, held: Held) -> None:
         """Go on where another packer `held` this."""
+        assert not held
 
     def surrounded(self, rows: np.ndarray) -> np.ndarray:
         """Rows [n, room] between the specials that the configuration wants."""
@@ -303,7 +305,13 @@ class Ready(Packer):
         return Rows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))
 
 
-PACKERS = {"wrap": Wrap, "pad": Pad, "document": Documents, "prompts": Prompts, "ready": Ready}
+PACKERS: Mapping[str, Callable[[DataConfig, Tokenizer, PackingCounts], Packer]] = {
+    "wrap": Wrap,
+    "pad": Pad,
+    "document": Documents,
+    "prompts": Prompts,
+    "ready": Ready,
+}
 
 
 def kind_of_packer(first: EncodedDocument, config: DataConfig) -> str:

@@ -34,7 +34,7 @@ def against_steps(metric: str, label: str) -> Plot:
                 best = tightest.setdefault((name, float(r.steps)), r)
                 tightest[name, float(r.steps)] = max(best, r, key=lambda row: row.k or 0)
         for (name, steps), r in tightest.items():
-            curves.setdefault(name, []).append((steps, r.mean, r.std or r.standard_error or 0.0))
+            curves.setdefault(name, []).append((steps, r.mean, r.spread or 0.0))
         return _save(curves, output, "sampling steps of a row", label, steps=True)
 
     return plot

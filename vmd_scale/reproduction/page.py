@@ -100,9 +100,7 @@ def _column(r: Row) -> str:
 
 
 def _cell(r: Row) -> str:
-    spread = r.standard_error if r.std is None else r.std
-    value = f"{r.mean:.4f}" if spread is None else f"{r.mean:.4f} ± {spread:.4f}"
-    return value if r.published is None else f"{value} [{r.published:g}]"
+    return r.value if r.published is None else f"{r.value} [{r.published:g}]"
 
 
 def _legend(rows: Sequence[Row]) -> str:

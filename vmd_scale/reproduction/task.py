@@ -106,6 +106,16 @@ class Row:
     scaled_down: bool = False
     row_nats: tuple[tuple[float, ...], ...] = ()  # of each seed's model, where all have them
 
+    @property
+    def spread(self) -> float | None:
+        """Over seeds where there are several, else the standard error."""
+        return self.standard_error if self.std is None else self.std
+
+    @property
+    def value(self) -> str:
+        """The mean with its spread, for a table."""
+        return f"{self.mean:.4f}" if self.spread is None else f"{self.mean:.4f} ± {self.spread:.4f}"
+
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file, without what belongs to single rows of the data."""
         return {k: v for k, v in asdict(self).items() if k != "row_nats"}

@@ -76,9 +76,7 @@ def _verdict(goal: Goal, rows: Sequence[Row], fitting: Sequence[Row], split: str
         f"{sign} {limit:.4g}" for sign, limit in (("at least", low), ("at most", high)) if limit is not None
     )
     wanted += f" (within {goal.slack} standard errors)" if goal.slack else ""
-    spread = best.standard_error if best.std is None else best.std
-    found = f"{best.mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}") + _tokens(best)
-    return Verdict(best, wanted, found, "yes" if reached else "no")
+    return Verdict(best, wanted, best.value + _tokens(best), "yes" if reached else "no")
 
 
 def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict | None:
@@ -92,7 +90,7 @@ def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict
         found = f"{row.mean:.4f} - {other.mean:.4f}: {difference:+.4f} ± {error:.4f} nats"
     else:
         difference = row.mean - other.mean
-        error = math.hypot(*((r.standard_error if r.std is None else r.std) or 0.0 for r in (row, other)))
+        error = math.hypot(row.spread or 0.0, other.spread or 0.0)
         found = f"{row.mean:.4f} - {other.mean:.4f} = {difference:+.4f} ± {error:.4f}"
     gain = better * difference
     reached = "undecided" if abs(gain) <= SURE * error else "yes" if gain > 0 else "no"
