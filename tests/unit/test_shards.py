@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparations import data
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data.inspection import inspect
@@ -18,25 +19,11 @@ from vmd_scale.tokenization import load_tokenizer
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon"]
 
 
-def data(folder: Path, **more: object) -> DataConfig:
-    values = {
-        "corpus": "text",
-        "source": str(folder / "text.txt"),
-        "tokenizer": "text8",
-        "normalizer": "text8",
-        "row_length": 8,
-        "shard_tokens": 200,
-        "shards": str(folder / "shards"),
-        **more,
-    }
-    return DataConfig.model_validate(values)
-
-
 @pytest.fixture
 def prepared(tmp_path: Path) -> DataConfig:
     lines = [f"line {n} {WORDS[n % 5]} {WORDS[n // 5 % 5]}" for n in range(100)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    config = data(tmp_path)
+    config = data(tmp_path, row_length=8, shard_tokens=200)
     prepare(config, progress=False)
     return config
 
@@ -195,7 +182,7 @@ def test_inspect_shows_text(prepared: DataConfig) -> None:
 def test_given_cells_survive(tmp_path: Path) -> None:
     quiz, solution = "1" + "0" * 80, "123456789" * 9
     (tmp_path / "text.txt").write_text(f"{quiz},{solution}\n")
-    config = data(tmp_path, corpus="sudoku", tokenizer="sudoku", normalizer=None, row_length=81,
+    config = data(tmp_path, corpus="sudoku", tokenizer="sudoku", normalizer=None, row_length=81, shard_tokens=200,
                   source={"test": str(tmp_path / "text.txt")})  # fmt: skip
     record = prepare(config, progress=False).splits["test"]
     assert record.counted_tokens == 80
