@@ -16,7 +16,7 @@ from pathlib import Path
 from comparing import Report, table
 from real_step import RealStep
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.training.launch import leave_world
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.json"

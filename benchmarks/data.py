@@ -28,7 +28,8 @@ import torch
 from comparing import Report, table
 
 from vmd_scale.build import build_objective, masks_of
-from vmd_scale.config import Config, DataConfig, parse_config
+from vmd_scale.config import Config, DataConfig
+from vmd_scale.config_file import parse_config
 from vmd_scale.data.corpora.files import records
 from vmd_scale.data.loader import TrainLoader
 from vmd_scale.data.order import SampleOrder

@@ -18,7 +18,7 @@ from pathlib import Path
 from comparing import Report, table
 
 from vmd_scale.build import build_architecture
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.tokenization import load_tokenizer
 

@@ -16,7 +16,7 @@ from comparing import Report, table
 from real_step import RealStep
 
 from vmd_scale.build import build_architecture
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.planning.memory import memory_of
 from vmd_scale.planning.peaks import peak_bytes
 from vmd_scale.training.launch import leave_world

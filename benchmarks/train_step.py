@@ -89,7 +89,7 @@ def head_only_where_masked(vocab: int, rows: int, rounds: int, device: torch.dev
 def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
     """What an iteration of the loop takes beside a bare step on the very same batches, step by step in turns."""
     from vmd_scale.build import build_architecture, build_model
-    from vmd_scale.config import load_config
+    from vmd_scale.config_file import load_config
     from vmd_scale.data.prepare import prepare
     from vmd_scale.tokenization import load_tokenizer
     from vmd_scale.training.launch import join_world, leave_world

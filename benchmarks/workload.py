@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective, TrainingInputs
+from vmd_scale.diffusion.objective import Nelbo, Surrogate, TrainingInputs
 from vmd_scale.model import VMD, Architecture
 
 LATENT_WIDTH = 128
@@ -56,9 +56,10 @@ class BareStep:
     ) -> None:
         torch.manual_seed(0)
         self.model = (VMD(a) if model is None else model).to(device, dtype).train()
-        kind = objective if a.latent_width else "nelbo"
-        noise = Noise(0)
-        self.objective = Objective(kind, (math.inf,), "balanced", a.groups, a.latent_width, a.mask_id, noise)
+        shared = {"law": "balanced", "groups": a.groups, "latent_width": a.latent_width, "mask_id": a.mask_id}
+        shared["noise"] = Noise(0)
+        surrogate = objective == "vmd" and a.latent_width > 0
+        self.objective = Surrogate(**shared) if surrogate else Nelbo(steps=(math.inf,), **shared)
         self.a, self.rows, self.device = a, rows, torch.device(device)
         self.parameters = list(self.model.parameters())
         low = dtype != torch.float32

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained
-from vmd_scale.config import parse_counts, parse_step_list
+from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.compat import INTERVALS

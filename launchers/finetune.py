@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import load_trained
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from vmd_scale.build import build_architecture
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
 from vmd_scale.planning.hardware import GPUS

@@ -14,7 +14,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.inspection import describe, inspect, plot_lengths
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.data.prepare import prepare_all

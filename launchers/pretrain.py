@@ -14,7 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from vmd_scale.config import Config, load_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.launch import rank_from_environment, world_size_from_environment

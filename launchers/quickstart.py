@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import find_checkpoint, whole_checkpoints
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_json

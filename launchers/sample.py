@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, load_trained
-from vmd_scale.config import parse_step_list
+from vmd_scale.config_file import parse_step_list
 from vmd_scale.data.corpora import normalizer_name
 from vmd_scale.data.normalize import NORMALIZERS
 from vmd_scale.diffusion.noise import Noise

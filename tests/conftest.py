@@ -107,7 +107,7 @@ class Lab:
         choice = random.Random(0).choice
         self.source.write_text("".join(" ".join(choice(WORDS) for _ in range(12)) + "\n" for _ in range(400)))
         self.config.write_text(json.dumps(tiny_config(self.source, self.shards)))
-        from vmd_scale.config import load_config
+        from vmd_scale.config_file import load_config
         from vmd_scale.data.prepare import prepare
 
         prepare(load_config(self.config).data, progress=False)

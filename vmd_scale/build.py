@@ -12,9 +12,9 @@ from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import Batch
 from vmd_scale.data.manifest import Manifest
 from vmd_scale.data.roles import Role, is_counted
-from vmd_scale.diffusion.importance import ImportanceWeightedObjective
+from vmd_scale.diffusion.importance import ImportanceWeighted
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective
+from vmd_scale.diffusion.objective import Nelbo, Objective, Surrogate
 from vmd_scale.model import VMD, Architecture
 
 CONDITION_WIDTH = 128  # published with MDLM; no wider than the model
@@ -66,9 +66,7 @@ def build_model(config: Config, vocab_size: int) -> VMD:
 
 def build_objective(config: Config, vocab_size: int) -> Objective:
     diffusion = config.diffusion
-    arguments: dict[str, Any] = {
-        "kind": diffusion.objective,
-        "steps": step_values(diffusion.steps),
+    shared: dict[str, Any] = {
         "law": diffusion.paths,
         "groups": config.groups,
         "documents": config.documents,
@@ -76,9 +74,12 @@ def build_objective(config: Config, vocab_size: int) -> Objective:
         "mask_id": vocab_size,
         "noise": Noise(config.training.seed),
     }
-    if diffusion.objective == "iw":
-        return ImportanceWeightedObjective(**arguments, importance_samples=diffusion.importance_samples)
-    return Objective(**arguments, free_bits=diffusion.free_bits)
+    steps = step_values(diffusion.steps)
+    if diffusion.objective == "nelbo":
+        return Nelbo(steps=steps, free_bits=diffusion.free_bits, **shared)
+    if diffusion.objective == "vmd":
+        return Surrogate(free_bits=diffusion.free_bits, **shared)
+    return ImportanceWeighted(steps=steps, importance_samples=diffusion.importance_samples, **shared)
 
 
 @dataclass(frozen=True)

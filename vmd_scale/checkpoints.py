@@ -23,7 +23,8 @@ from safetensors import safe_open
 
 from vmd_scale.adapters import merged
 from vmd_scale.build import build_architecture
-from vmd_scale.config import Config, parse_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD

@@ -1,19 +1,16 @@
-"""The whole configuration: typed, validated, JSON in and JSON out.
+"""The whole configuration: typed, validated, immutable.
 
-A run is described by one JSON file. ``"base": "other.json"`` (relative to the file) inherits, ``--set a.b=value``
-overrides. Whatever follows from something else (accumulation, vocabulary, head width) is computed, never asked.
+Whatever follows from something else (accumulation, vocabulary, head width) is computed, never asked.
+`vmd_scale/config_file.py` reads it from a file.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from vmd_scale.errors import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _split_steps(value: object) -> object:
@@ -30,29 +27,6 @@ StepCounts = Annotated[tuple[StepCount, ...], BeforeValidator(_split_steps), Fie
 def step_values(steps: Sequence[int | str]) -> tuple[float, ...]:
     """``[1, 4, "inf"]`` as numbers: ``(1.0, 4.0, math.inf)``."""
     return tuple(math.inf if step == "inf" else float(step) for step in steps)
-
-
-def parse_step_list(text: str, option: str) -> tuple[float, ...]:
-    """``1,4,inf`` of a command line as numbers.
-
-    Raises:
-        UserError: names the option.
-    """
-    parts = text.split(",")
-    if not all(part == "inf" or (part.isdigit() and int(part) > 0) for part in parts):
-        raise UserError(f"{option} {text!r}: expected positive whole numbers or 'inf', such as 1,4,inf")
-    return step_values([part if part == "inf" else int(part) for part in parts])
-
-
-def parse_counts(text: str, option: str) -> tuple[int, ...]:
-    """``1,4,16`` of a command line.
-
-    Raises:
-        UserError: names the option.
-    """
-    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
-        raise UserError(f"{option} {text!r}: expected positive whole numbers, such as 1,4,16")
-    return tuple(int(part) for part in text.split(","))
 
 
 class Section(BaseModel):
@@ -273,8 +247,8 @@ class Config(Section):
     deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Self:
-        model, latent, diffusion, training = self.model, self.latent, self.diffusion, self.training
+    def _widths_fit(self) -> Self:
+        model = self.model
         if model.width % model.heads or (model.width // model.heads) % 2:
             raise ValueError(
                 f"model.heads ({model.heads}) must divide model.width ({model.width}) into an even head width"
@@ -284,11 +258,11 @@ class Config(Section):
                 f"latent.encoder_width ({self.encoder_width}) must be a multiple of the head width "
                 f"model.width / model.heads ({self.head_width})"
             )
-        if training.global_batch % training.micro_batch:
-            raise ValueError(
-                f"training.global_batch ({training.global_batch}) must be a multiple of "
-                f"training.micro_batch ({training.micro_batch})"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        latent, diffusion = self.latent, self.diffusion
         if diffusion.objective != "nelbo" and latent.width == 0:
             raise ValueError(
                 f"diffusion.objective {diffusion.objective!r} needs a latent, but latent.width is 0; "
@@ -305,7 +279,11 @@ class Config(Section):
                     "diffusion.steps holds 'inf', but diffusion.objective 'iw' runs importance_samples x T forwards a "
                     "row; name small numbers of steps, such as [1, 2, 4]"
                 )
-        block = diffusion.block_size
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Self:
+        latent, diffusion, block = self.latent, self.diffusion, self.diffusion.block_size
         if block is not None and self.data.row_length % block:
             raise ValueError(f"diffusion.block_size ({block}) must divide data.row_length ({self.data.row_length})")
         if latent.width and (latent.scope == "block") != (block is not None):
@@ -329,6 +307,16 @@ class Config(Section):
                 f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
                 f"diffusion.block_size {block}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits(self) -> Self:
+        training = self.training
+        if training.global_batch % training.micro_batch:
+            raise ValueError(
+                f"training.global_batch ({training.global_batch}) must be a multiple of "
+                f"training.micro_batch ({training.micro_batch})"
+            )
         if training.init_from is None and (training.trainable or training.lora):
             key = "trainable" if training.trainable else "lora"
             raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
@@ -343,6 +331,10 @@ class Config(Section):
             )
         if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
             raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
+        return self
+
+    @model_validator(mode="after")
+    def _sections_of_deepspeed_fit(self) -> Self:
         for key in ("zero_optimization", "bf16", "fp16"):
             if not isinstance(self.deepspeed.get(key, {}), dict):
                 raise ValueError(f"deepspeed.{key} must be an object, found {self.deepspeed[key]!r}")
@@ -392,120 +384,3 @@ class Config(Section):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a JSON file, follow its ``base``, apply ``a.b=value`` overrides and validate the result.
-
-    Raises:
-        UserError: missing file, bad JSON, unknown key (with the nearest valid one), wrong type, contradiction.
-    """
-    return parse_config(_read_with_base(Path(path), seen=()), origin=str(path), overrides=overrides)
-
-
-def parse_config(values: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    """Apply ``a.b=value`` overrides to plain values, which are changed by it, and validate; errors name `origin`."""
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return Config.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error.errors())}") from None
-
-
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: 'base' goes round in a circle: {' -> '.join(map(str, [*seen, path]))}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a configuration is a JSON object, found {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise UserError(f"{path}: 'base' must be a file name, found {base!r}")
-    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: expected KEY=VALUE, for example training.steps=100")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text  # a bare word is a string
-    node = values
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {parent} is a value, not a section")
-    node[leaf] = value
-
-
-def _explain(errors: Sequence[Any]) -> str:
-    """Pydantic's errors in this project's words: key, what was found, what is allowed."""
-    messages: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
-    for error in errors:
-        location = [str(part) for part in error["loc"]]
-        if error["type"] == "extra_forbidden":
-            messages[_unknown_key(location)] = []
-        elif error["type"] == "missing":
-            messages[f"missing key {'.'.join(location)!r}"] = []
-        elif error["type"] == "value_error":
-            messages[str(error["ctx"]["error"])] = []
-        else:  # a key of several allowed types gives one error for each of them
-            key = ".".join(part for part in location if part in _all_keys() or part.isdigit())
-            messages.setdefault(key, []).append(error["msg"][0].lower() + error["msg"][1:])
-            found[key] = f", found {error['input']!r}"
-    return "; ".join(f"{key}: {' or '.join(m)}{found[key]}" if m else key for key, m in messages.items())
-
-
-def _unknown_key(location: Sequence[str]) -> str:
-    """Names the nearest valid key: of the same section, else of any other."""
-    section = _section_at(location[:-1])
-    allowed = sorted(section.model_fields) if section else []
-    near = [".".join((*location[:-1], leaf)) for leaf in difflib.get_close_matches(location[-1], allowed, n=1)]
-    if not near:
-        leaves = {leaf: f"{name}.{leaf}" for name in Config.model_fields for leaf in _fields_of(name)}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(location[-1], leaves, n=1)]
-    hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-    return f"unknown key {'.'.join(location)!r}; {hint}"
-
-
-def _fields_of(name: str) -> list[str]:
-    section = _section_at([name])
-    return list(section.model_fields) if section else []
-
-
-def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Config
-    for part in path:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return None
-        section = field.annotation
-    return section
-
-
-def _all_keys(section: type[BaseModel] = Config) -> set[str]:
-    keys = set(section.model_fields)
-    for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= _all_keys(field.annotation)
-    return keys

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint
-from vmd_scale.config import Config, parse_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
 from vmd_scale.initial_weights import WITHOUT_ENCODER

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vmd_scale.adapters import LATENT_PARTS, merged
 from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, load_weights
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
 from vmd_scale.model import VMD

@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.training.preemption import BY_FILE
 from vmd_scale.training.status import read_status, this_start

@@ -18,7 +18,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ def settings(lab, folder) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def mixed(lab, tmp_path_factory):
     """The second corpus, prepared; and an undisturbed run of one rank."""
-    from vmd_scale.config import load_config
+    from vmd_scale.config_file import load_config
     from vmd_scale.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("mixed")

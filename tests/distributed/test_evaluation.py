@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from ranks import run_in_processes
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]

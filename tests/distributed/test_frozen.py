@@ -8,7 +8,7 @@ from ranks import run_in_processes
 from safetensors import safe_open
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights, whole_checkpoints
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 
 STAGES = (0, 1, 2, 3)
 LORA = 'training.lora={"rank": 4, "layers": ["*.attention.qkv", "denoiser.blocks.*.mlp.up"]}'

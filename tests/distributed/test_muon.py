@@ -8,7 +8,7 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.build import build_model, build_objective, masks_of
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader

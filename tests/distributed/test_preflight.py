@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_in_processes
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training import preflight

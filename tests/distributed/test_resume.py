@@ -19,7 +19,7 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.checkpoints import find_checkpoint, load_weights, whole_checkpoints
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.prepare import prepare
 from vmd_scale.files import sha256_of
 

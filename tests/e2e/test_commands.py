@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SH = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.finetuning import finetuning_config
 
 WORDS = ["mask", "model", "token", "noise", "row"]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vmd_scale.config import KLWeight, load_config, parse_config, parse_step_list
+from vmd_scale.config import KLWeight
+from vmd_scale.config_file import load_config, parse_config, parse_step_list
 from vmd_scale.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

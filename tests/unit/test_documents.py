@@ -17,7 +17,7 @@ from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted
 from vmd_scale.diffusion.noise import Noise, Stream
-from vmd_scale.diffusion.objective import Objective, TrainingInputs
+from vmd_scale.diffusion.objective import Nelbo, Objective, Surrogate, TrainingInputs
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.model import VMD
 from vmd_scale.model.attention import Flash, attention
@@ -55,8 +55,9 @@ def prepared(objective: Objective, model: VMD) -> TrainingInputs:
 
 
 def objective(kind: str, model: VMD) -> Objective:
-    a = model.architecture
-    return Objective(kind, (1.0, 2.0, float("inf")), "bernoulli", 1, a.latent_width, 7, Noise(3), documents=DOCUMENTS)
+    shared = {"law": "bernoulli", "groups": 1, "latent_width": model.architecture.latent_width, "mask_id": 7}
+    shared |= {"noise": Noise(3), "documents": DOCUMENTS}
+    return Nelbo(steps=(1.0, 2.0, float("inf")), **shared) if kind == "nelbo" else Surrogate(**shared)
 
 
 def alone(x: TrainingInputs, row: int, document: int) -> TrainingInputs:
@@ -157,7 +158,7 @@ def test_positions_restart_and_masks_are_blocks() -> None:
 
 def test_noise_of_a_document_does_not_depend_on_how_many_there_may_be() -> None:
     few, many = (
-        Objective("nelbo", (1.0,), "balanced", 1, 5, 7, Noise(0), documents=n).prepare(
+        Nelbo(steps=(1.0,), law="balanced", groups=1, latent_width=5, mask_id=7, noise=Noise(0), documents=n).prepare(
             torch.zeros(3, LENGTH, dtype=torch.int64), documents_of() > 0, documents_of(), 2, torch.arange(3), 3
         )
         for n in (3, 8)

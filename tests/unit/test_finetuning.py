@@ -7,7 +7,7 @@ import torch
 
 from vmd_scale.build import build_model
 from vmd_scale.checkpoints import TrainedModel
-from vmd_scale.config import load_config, parse_config
+from vmd_scale.config_file import load_config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.export.folder import export
 from vmd_scale.finetuning import finetuning_config

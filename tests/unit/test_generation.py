@@ -13,7 +13,7 @@ import torch
 
 from vmd_scale.build import build_architecture
 from vmd_scale.checkpoints import TrainedModel
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import Enumeration, sequences, tiny_model
 
-from vmd_scale.diffusion.importance import ImportanceWeightedObjective
+from vmd_scale.diffusion.importance import ImportanceWeighted
 from vmd_scale.diffusion.noise import Noise
 
 INF = math.inf
@@ -15,9 +15,8 @@ INF = math.inf
 
 def objective_of(model, steps, samples, law="balanced", seed=0):
     a = model.architecture
-    noise = Noise(seed)
-    arguments = ("iw", steps, law, a.groups, a.latent_width, a.mask_id, noise)
-    return ImportanceWeightedObjective(*arguments, importance_samples=samples)
+    shared = {"law": law, "groups": a.groups, "latent_width": a.latent_width, "mask_id": a.mask_id}
+    return ImportanceWeighted(steps=steps, importance_samples=samples, noise=Noise(seed), **shared)
 
 
 def prepared(objective, clean, maskable=None, step=0, positions=None, total=None):

@@ -8,7 +8,7 @@ from tiny_models import Enumeration, tiny_model
 
 from vmd_scale.diffusion.likelihood import Rows, elbo, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective
+from vmd_scale.diffusion.objective import Nelbo, Surrogate
 from vmd_scale.diffusion.paths import RANDOM_LAWS as LAWS
 from vmd_scale.diffusion.sampler import Sampler
 
@@ -25,7 +25,9 @@ def model_of(groups=1, latent=2, **changes):
 
 def objective_for(model, kind="nelbo", steps=(1, 2, 4, INF), law="balanced", seed=0, free_bits=0.0):
     a = model.architecture
-    return Objective(kind, steps, law, a.groups, a.latent_width, a.mask_id, Noise(seed), free_bits)
+    shared = {"law": law, "groups": a.groups, "latent_width": a.latent_width, "mask_id": a.mask_id}
+    shared |= {"noise": Noise(seed), "free_bits": free_bits}
+    return Nelbo(steps=steps, **shared) if kind == "nelbo" else Surrogate(**shared)
 
 
 def batch_of(rows, seed=0):

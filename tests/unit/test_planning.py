@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmd_scale.build import build_architecture, build_model, build_objective
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import head
 from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient

@@ -13,7 +13,7 @@ import torch
 from tiny_models import architecture
 from torch import nn
 
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.data.corpora import raw_documents
 from vmd_scale.data.corpora.prompts import choices_of
 from vmd_scale.data.loader import Batch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vmd_scale.build import build_architecture
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.corpora import normalizer_name
 from vmd_scale.evaluation.protocols import PROTOCOLS
 from vmd_scale.model import VMD

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from vmd_scale.build import build_model
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError

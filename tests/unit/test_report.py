@@ -14,7 +14,7 @@ import pytest
 from example_results import example_result
 
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.generation import GenerationResult
 from vmd_scale.evaluation.perplexity import Result

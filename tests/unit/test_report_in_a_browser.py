@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from example_results import example_result
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective
+from vmd_scale.diffusion.objective import Nelbo, Surrogate
 from vmd_scale.model import VMD, head
 
 ROWS, LENGTH, VOCAB = 4, 64, 3000
@@ -52,8 +52,9 @@ def network(latent=8, **changes):
 
 def prepared(model, kind="vmd", step=0):
     a = model.architecture
-    noise = Noise(0)
-    objective = Objective(kind, (1, 4, math.inf), "balanced", a.groups, a.latent_width, a.mask_id, noise)
+    shared = {"law": "balanced", "groups": a.groups, "latent_width": a.latent_width, "mask_id": a.mask_id}
+    shared["noise"] = Noise(0)
+    objective = Nelbo(steps=(1, 4, math.inf), **shared) if kind == "nelbo" else Surrogate(**shared)
     clean = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
     everything = torch.ones_like(clean, dtype=torch.bool)
     return objective, objective.prepare(clean, everything, None, step, torch.arange(ROWS), ROWS)

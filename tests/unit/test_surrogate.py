@@ -9,7 +9,7 @@ from tiny_models import architecture
 
 from vmd_scale.diffusion.likelihood import elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.objective import Objective
+from vmd_scale.diffusion.objective import Surrogate
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.model import VMD
 
@@ -24,7 +24,7 @@ def coupled_model():
         vocab_size=10, row_length=2, width=32, condition_width=32, encoder_width=32, latent_width=2, attention="sdpa"
     )
     model = VMD(a)
-    objective = Objective("vmd", (INF,), "balanced", 1, 2, a.mask_id, Noise(0))
+    objective = Surrogate(law="balanced", groups=1, latent_width=2, mask_id=a.mask_id, noise=Noise(0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
     batch, total = 80, 300
     for step in range(total):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from task_rows import SYMBOLS, data, rows
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.corpora import SPLITS, documents
 from vmd_scale.data.corpora.draws import below, uniform, words
 from vmd_scale.data.corpora.four_tokens import four_tokens_distribution

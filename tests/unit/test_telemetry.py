@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.training.telemetry import LOG, Telemetry, start_logging
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.json"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vmd_scale.config import load_config
+from vmd_scale.config_file import load_config
 from vmd_scale.training.telemetry import Telemetry
 from vmd_scale.training.wandb_log import _patience
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vmd_scale.build import build_model
-from vmd_scale.config import parse_config
+from vmd_scale.config_file import parse_config
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.perplexity import Request, evaluate

@@ -7,6 +7,7 @@ and z is used better.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from vmd_scale.diffusion.paths import reveal_steps
 from vmd_scale.model import ScaledGradient
 
 
-class ImportanceWeightedObjective(Objective):
-    """`importance_samples` is K; the other arguments are those of `Objective`. Every T of `steps` is finite."""
+class ImportanceWeighted(Objective):
+    """`importance_samples` is K; every T of `steps` is finite; the other arguments are those of `Objective`."""
 
-    def __init__(self, *arguments: Any, importance_samples: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.importance_samples = importance_samples
+    def __init__(self, *, steps: Sequence[float], importance_samples: int, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.steps, self.importance_samples = tuple(steps), importance_samples
 
     def prepare(
         self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int

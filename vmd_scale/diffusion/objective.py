@@ -9,6 +9,7 @@ importance.py.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -60,46 +61,63 @@ class Loss:
     tokens: Tensor  # counted positions
 
 
-class Objective:
-    """Prepares inputs on the host and computes the loss from them."""
+class Objective(ABC):
+    """Prepares inputs on the host and computes the loss from them.
+
+    Args:
+        law: of the revealing order, see paths.py.
+        groups: blocks of a row, G.
+        latent_width: d_z, 0 without a latent.
+        documents: of a row at most, N, where rows tell documents apart.
+    """
 
     def __init__(
-        self,
-        kind: str,
-        steps: Sequence[float],
-        law: str,
-        groups: int,
-        latent_width: int,
-        mask_id: int,
-        noise: Noise,
-        free_bits: float = 0.0,
-        documents: int = 1,
+        self, *, law: str, groups: int, latent_width: int, mask_id: int, noise: Noise, documents: int = 1
     ) -> None:
-        self.kind, self.steps, self.law = kind, tuple(steps), law
-        self.groups, self.latent_width, self.mask_id = groups, latent_width, mask_id
-        self.documents = documents
-        self.noise, self.free_bits = noise, free_bits
+        self.law, self.groups, self.documents = law, groups, documents
+        self.latent_width, self.mask_id, self.noise = latent_width, mask_id, noise
+
+    @abstractmethod
+    def prepare(
+        self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int
+    ) -> TrainingInputs:
+        """Draw all noise for rows at `positions`, int64 [B], of the global batch of a training step."""
+
+    @abstractmethod
+    def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
+        """The loss of one micro-batch. `model` is a `VMD`, or an engine around one; `annealing` multiplies the KL."""
+
+
+class OneTimeObjective(Objective):
+    """One T, time and corrupted state for each row and group; the latent is read from a pattern of masks.
+
+    Args:
+        steps: the T that are drawn from; infinity is continuous time.
+        free_bits: nats of KL that a latent has for free.
+    """
+
+    def __init__(self, *, steps: Sequence[float], free_bits: float = 0.0, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.steps, self.free_bits = tuple(steps), free_bits
+
+    @abstractmethod
+    def pattern(self, maskable: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
+        """What the encoder reads as masked, bool [B, L], and the weight of the KL of a latent that has any, [B, G]."""
 
     def prepare(
         self, clean: Tensor, maskable: Tensor, attend: Tensor | None, step: int, positions: Tensor, global_batch: int
     ) -> TrainingInputs:
-        """Draw T, t, masks and latent noise for rows at `positions` of the global batch of a training step."""
+        """Draw T, t, masks and latent noise."""
         length = clean.shape[1]
         u = stratified(self.noise, step, positions, global_batch, self.groups)
-        choices = self.steps if self.kind == "nelbo" else (math.inf,)
-        total, u_time = choose_steps(u, choices)
+        total, u_time = choose_steps(u, self.steps)
         u_path = self.noise.uniform(Stream.PATH, step, positions, (self.groups, length // self.groups))
-        c: Corruption = corrupt(clean, maskable, total, u_time, u_path, self.law, self.mask_id)
+        c = corrupt(clean, maskable, total, u_time, u_path, self.law, self.mask_id)
         epsilon = None
         if self.latent_width:
             latents = self.documents if has_documents(attend) else self.groups
             epsilon = self.noise.normal(Stream.LATENT, step, positions, (latents, self.latent_width))
-        if self.kind == "nelbo":
-            encoder_mask = maskable
-            kl_weight = any_of(maskable, attend, self.groups, self.documents).float()
-        else:
-            encoder_mask = c.masked
-            kl_weight = c.weight * any_of(c.masked, attend, self.groups, self.documents)
+        encoder_mask, kl_weight = self.pattern(maskable, c)
         return TrainingInputs(
             clean=clean,
             maskable=maskable,
@@ -109,13 +127,12 @@ class Objective:
             encoder_mask=encoder_mask,
             epsilon=epsilon,
             nll_weight=c.weight,
-            kl_weight=kl_weight,
+            kl_weight=kl_weight * any_of(encoder_mask, attend, self.groups, self.documents),
             ratio=c.ratio,
             dropout_seed=self.noise.integer(Stream.DROPOUT, step, int(positions[0])),
         )
 
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
-        """The loss of one micro-batch. `model` is a `VMD`, or an engine around one."""
         inputs = (x.clean, x.noisy, x.index, x.encoder_mask, x.epsilon, x.attend, x.ratio)
         reconstruction, posterior = model(*inputs, nll_weight=x.nll_weight)
         if posterior is None:
@@ -126,3 +143,20 @@ class Objective:
             paid = (x.kl_weight * (per_group_kl - self.free_bits).clamp(min=0)).sum() if self.free_bits else kl
             total = reconstruction + annealing * paid
         return Loss(total, reconstruction.detach(), kl.detach(), x.maskable.sum())
+
+
+class Nelbo(OneTimeObjective):
+    """The valid bound: q reads the whole row, and its KL is paid once."""
+
+    def pattern(self, maskable: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
+        return maskable, torch.ones_like(c.weight)
+
+
+class Surrogate(OneTimeObjective):
+    """The papers' objective: q reads the pattern m of a continuous time, and its KL is weighted as the tokens are."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(steps=(math.inf,), **options)
+
+    def pattern(self, maskable: Tensor, c: Corruption) -> tuple[Tensor, Tensor]:
+        return c.masked, c.weight

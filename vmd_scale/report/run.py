@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vmd_scale.config import Config, load_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result, read_results

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, whole_checkpoints
-from vmd_scale.config import Config, load_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import load_config
 from vmd_scale.data.prepare import prepare
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from vmd_scale.checkpoints import RUN_STATE
-from vmd_scale.config import Config, parse_config
+from vmd_scale.config import Config
+from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 
 # Keys of data that say where and how, not what.
