@@ -1,6 +1,8 @@
 """All ZeRO stages compute the same thing: what a plain PyTorch loop computes on the same global batches."""
 
+import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import torch
 from ranks import run_in_processes
 
 from vmd_scale.build import build_model, build_objective, masks_of
-from vmd_scale.checkpoints import find_checkpoint, load_weights
+from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
 from vmd_scale.config_file import load_config
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.export.folder import export
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.optim import learning_rate_at
 from vmd_scale.training.zero import fragment_values
@@ -230,6 +233,25 @@ def test_weights_put_together_from_all_ranks_are_those_of_a_plain_loop(ranks, re
     assert found.keys() == reference[kind].keys()
     for name, wanted in reference[kind].items():
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_an_export_of_any_stage_computes_what_the_weights_of_a_plain_loop_do(
+    ranks, reference, folder, stage, kind, tmp_path, monkeypatch
+):
+    trained = load_trained(str(folder / f"stage{stage}"), kind)
+    monkeypatch.syspath_prepend(str(export(trained, tmp_path / "exported", encoder=True)))
+    monkeypatch.delitem(sys.modules, "modeling_vmd", raising=False)
+    exported = importlib.import_module("modeling_vmd").load(tmp_path / "exported")
+    monkeypatch.delitem(sys.modules, "modeling_vmd")
+    trained.model.load_state_dict(reference[kind])
+    x = probe_inputs(trained.config, trained.tokenizer.vocab_size)
+    assert x.epsilon is not None
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exported.logits(x.noisy, x.epsilon), trained.model.logits(x.noisy, x.epsilon), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)
