@@ -1,7 +1,7 @@
 """What the encoder's size buys: bounds on validation characters after the same training, beside the cost of a step.
 
     python benchmarks/encoder.py --json encoder.json                                the quickstart's characters
-    python benchmarks/encoder.py --encoder 1x64 --encoder 2x128 --set training.steps=3000 --set data.corpus=text8 ...
+    python benchmarks/encoder.py --encoder 1x64 --encoder 2x128 --set training.steps=3000
 
 Each encoder, LAYERSxWIDTH, is trained by pretrain.py from the same configuration, with each of the seeds. `share` is
 the encoder's part of the FLOPs of a step.

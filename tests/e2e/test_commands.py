@@ -1,9 +1,12 @@
-"""The commands of README and docs/, as they stand: run on the quickstart's model, or, where that cannot be, understood.
+"""The commands of README, docs/ and the programs' own descriptions, as they stand.
+
+Those of the pages are run on the quickstart's model; the others, and what cannot be run here, must be understood.
 
 docs/extending.md has a test of its own (test_extending.py). What is said to have made a page of docs/results was run
 when it was made.
 """
 
+import ast
 import csv
 import json
 import lzma
@@ -93,6 +96,19 @@ def why_not_here(command: str) -> str | None:
     return next((why for start, why in ELSEWHERE.items() if command.startswith(start)), None)
 
 
+def commands_described(program: Path) -> list[str]:
+    """Those at the top of its file, each on lines of its own; what comes after three spaces explains them."""
+    description = re.sub(r"\\\n\s*", " ", ast.get_docstring(ast.parse(program.read_text())) or "")
+    lines = re.findall(r"^    ((?:python|deepspeed|torchrun) .*)$", description, re.MULTILINE)
+    return [re.split(" {3,}", line)[0] for line in lines]
+
+
+PROGRAMS = [
+    path
+    for folder in ("launchers", "launchers/slurm", "tokenizer", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+]
+DESCRIBED = sorted({command for program in PROGRAMS for command in commands_described(program)})
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 OURS = re.compile(r"\b((?:launchers|benchmarks|tokenizer)/[\w/]+\.py)\b")
 
@@ -174,7 +190,10 @@ def test_commands_of_the_pages_run(lab, folder, quickstart, command):
     run(lab, folder, replaced(command))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if why_not_here(c) and OURS.search(c)], ids=str)
+NOT_RUN = [command for command in COMMANDS if why_not_here(command) and OURS.search(command)]
+
+
+@pytest.mark.parametrize("command", list(dict.fromkeys([*NOT_RUN, *DESCRIBED])), ids=str)
 def test_commands_that_are_not_run_are_understood(command, monkeypatch, capsys):
     """Their programs know every option and value, and complain of nothing but one that was added here."""
     words = replaced(command)
@@ -188,6 +207,11 @@ def test_commands_that_are_not_run_are_understood(command, monkeypatch, capsys):
     if "--config" in words and (ROOT / words[words.index("--config") + 1]).is_file():
         settings = tuple(value for name, value in pairwise(words) if name == "--set")
         load_config(ROOT / words[words.index("--config") + 1], settings)
+
+
+def test_every_program_shows_how_it_is_called():
+    silent = [path.name for path in PROGRAMS if "ArgumentParser" in path.read_text() and not commands_described(path)]
+    assert silent == ["job.py"]  # not meant to be called by hand
 
 
 def test_every_reason_for_not_running_a_command_is_needed():
