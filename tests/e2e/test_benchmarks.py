@@ -84,6 +84,9 @@ def test_gpu_check_begins_nothing_that_it_could_not_end(tmp_path):
     assert "needed" in found["sampling"]["skipped"]
 
 
+SMALL = ("model.layers=1", "model.width=32", "model.heads=2", "latent.width=8", "data.row_length=32")
+SETTINGS = [part for setting in SMALL for part in ("--set", setting)]
+SHORT = ["--set", "training.steps=2", "--set", "evaluation.rows=4"]
 SMOKE = {
     "attention": (["--lengths", "32", "--rows", "1", "--heads", "1", "--width", "8", "--rounds", "1"], "length 32"),
     "sampling": (["--steps", "2", "--batches", "1", "--vocab", "27", "--rounds", "1"], "sampling"),
@@ -91,6 +94,9 @@ SMOKE = {
         ["--rows", "1", "--rounds", "1", "--vocab", "300", "27"],
         "overhead of DeepSpeed, loop and telemetry",
     ),
+    "memory": (["--zero", "0", *SETTINGS], "memory"),
+    "checkpoint": (["--saves", "1", *SETTINGS], "checkpoint"),
+    "encoder": (["--encoder", "1x16", "--seeds", "1", *SETTINGS, *SHORT], "encoders"),
 }
 
 
