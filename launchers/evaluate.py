@@ -43,14 +43,14 @@ from vmd_scale.files import check_writable, write_json
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.start import verify_together
 
-SUITES = ("zero_shot", "generation")
+NAMES = [*(name for name in PROTOCOLS if "/" not in name), "zero_shot", "generation"]
+OF_BOUNDS = ("k", "draws", "rows", "until_error", "interval", "surrogate")
+OF_GENERATION = ("judge", "count", "temperature", "nucleus")
 
 
 @reports_user_errors
 def main() -> None:
     args = parse_arguments()
-    if args.protocol not in SUITES:
-        get_protocol(args.protocol)
     parse_step_list(args.steps, "--steps")
     check_writable(args.json, "--json")
     sources = parse_sources(args.source) if args.protocol == "zero_shot" else {}
@@ -92,9 +92,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name in PROTOCOLS if "/" not in name] + list(SUITES)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
-    parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(names)}")
+    parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
     parser.add_argument("--steps", default="inf", metavar="T,T,...", help="numbers of sampling steps, such as 1,4,inf")
     parser.add_argument(
@@ -126,7 +125,21 @@ def parse_arguments() -> argparse.Namespace:
     generation.add_argument("--count", type=int, default=64, help="samples for each number of steps")
     generation.add_argument("--temperature", type=float, default=1.0, help="of the tokens")
     generation.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.protocol not in NAMES:
+        raise UserError(f"--protocol {args.protocol!r} does not exist; allowed: {', '.join(NAMES)}")
+    refuse_what_is_not_asked_for(args, parser)
+    return args
+
+
+def refuse_what_is_not_asked_for(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """An option of another kind of protocol would change nothing, and its user would believe it had."""
+    unused: tuple[str, ...] = OF_BOUNDS if args.protocol == "generation" else OF_GENERATION
+    unused += ("split",) if args.protocol == "zero_shot" else ("source",)
+    given = [name for name in unused if getattr(args, name) != parser.get_default(name)]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--protocol {args.protocol} has no use for {options}")
 
 
 def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str, split: str) -> Request:

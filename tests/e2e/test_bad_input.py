@@ -287,6 +287,14 @@ def test_evaluation_sampling_and_export(refused, desk):
     empty = desk.folder / "nothing"
     line = refused("evaluate", "--checkpoint", empty, "--protocol", "wikitex")
     assert "protocol 'wikitex' does not exist; allowed: rows, text8, " in line
+    assert line.endswith(", zero_shot, generation")
+    for protocol, options, unused in (
+        ("rows", ("--temperature", 0.5, "--source", "ptb=x"), "--temperature, --source"),
+        ("generation", ("--k", 64, "--until-error", 0.1), "--k, --until-error"),
+        ("zero_shot", ("--split", "test", "--judge", "x"), "--judge, --split"),
+    ):
+        line = refused("evaluate", "--checkpoint", empty, "--protocol", protocol, *options)
+        assert f"--protocol {protocol} has no use for {unused}" in line
     for launcher, more in (("evaluate", ()), ("sample", ()), ("export", ("--output", desk.folder / "out"))):
         assert f"--checkpoint {empty}: no checkpoint there; expected a run folder" in refused(
             launcher, "--checkpoint", empty, *more

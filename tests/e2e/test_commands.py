@@ -36,7 +36,8 @@ FAST = {  # so that it takes seconds; what is added to a command
     "quickstart.py": [part for setting in SMALL for part in ("--set", setting)],
     "pretrain.py": [part for setting in SMALL for part in ("--set", setting)],
     "finetune.py": ["--set", "training.steps=4", "--set", "evaluation.rows=64"],
-    "evaluate.py": ["--rows", "32", "--count", "4"],
+    "evaluate.py": ["--rows", "32"],
+    "evaluate.py of generation": ["--count", "4"],
 }
 ELSEWHERE = {  # beginnings of commands that are not run here, and why; those of our programs must be understood
     "make quickstart": "the fixture below does what it does",
@@ -149,7 +150,7 @@ def quickstart(lab, folder):
 
 
 def run(lab, folder, words):
-    more = FAST.get(Path(words[1]).name, [])
+    more = FAST.get(Path(words[1]).name + (" of generation" if "generation" in words else ""), [])
     folder = ROOT if words[1] == "launchers/slurm/submit.py" else folder  # it wants that, and writes nothing
     words = [sys.executable if words[0] == "python" else words[0], *words[1:], *more]
     done = lab.command(words, cwd=folder, timeout=900, HF_HUB_OFFLINE="1")

@@ -105,6 +105,7 @@ def test_what_methods_and_seeds_decide_is_not_overridden():
     for name, override, who in (
         ("sudoku", "training.seed=7", "task 'sudoku'"),
         ("toy2d", "data.source=circles", "task 'toy2d'"),
+        ("four_tokens_d1", "data.source=d2", "task 'four_tokens_d1'"),
         ("four_tokens_d1", "training.global_batch=80", "method 'mdm' of task 'four_tokens_d1'"),
         ("sudoku", "latent.prior=standard", "method 'vmd' of task 'sudoku'"),
     ):

@@ -11,7 +11,7 @@ from tiny_models import MODELS, exact_of, model_of, sequences, sureness, tiny_mo
 
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, RANDOM_LAWS
-from vmd_scale.diffusion.sampler import Sampler, sample
+from vmd_scale.diffusion.sampler import Sampler, _Walk, sample
 from vmd_scale.diffusion.tokens import draw_categorical, draw_tokens
 
 INF = math.inf
@@ -229,6 +229,25 @@ def test_noise_on_the_order(law):
     expected = (on_log_scale / (0.2 * 2 / 3)).softmax(-1) * count  # it has faded to (k - 1) / T, k = 3
     assert ((firsts[0.2] - expected).square() / expected).sum() < 2 + 4 * 2
     assert (firsts[0.2] - count / 3).abs().max() > 5 * math.sqrt(count * 2 / 9)  # neither random nor
+
+
+@pytest.mark.parametrize(("steps", "remask", "own"), [(20, 0.0, 3), (20, 0.5, 20), (2, 0.0, 2), (INF, 0.0, 3)])
+def test_noise_on_the_order_fades_over_the_steps_that_a_row_walks(monkeypatch, steps, remask, own):
+    """Without masking again those are at most one a position, of which there are three."""
+    fades, sureness_of = [], _Walk._sureness
+
+    def sureness(self, hidden, masked, u, fade):
+        fades.extend(set(fade.flatten().tolist()))
+        return sureness_of(self, hidden, masked, u, fade)
+
+    monkeypatch.setattr(_Walk, "_sureness", sureness)
+    sample(MDM, Sampler(steps, law="margin", order_noise=0.3, remask=remask), Noise(1), torch.arange(4))
+    numbers = [round(own * fade) + 1 for fade in fades]
+    assert fades == pytest.approx([(k - 1) / own for k in numbers])
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert numbers[-1] == 1
+    assert numbers[0] == own or remask  # then the first steps may change nothing
+    assert len(numbers) >= own // 2
 
 
 # ---- masking again

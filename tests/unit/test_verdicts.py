@@ -1,5 +1,6 @@
 """Goals of the reference tasks: reached, missed, or not decided by what was measured."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -49,11 +50,16 @@ def test_the_better_way_to_take_tokens_counts_and_the_largest_k():
 
 def test_one_method_is_better_only_beyond_the_error():
     goal = Goal("accuracy", 5, better_than="mdm")
-    vmd = replace(ROW, metric="accuracy", steps=5, k=None, std=None, standard_error=0.03, split="validation")
+    vmd = replace(ROW, metric="accuracy", steps=5, k=None, std=None, standard_error=0.03, seeds=1, split="validation")
     mdm = replace(vmd, method="mdm", standard_error=0.04)  # the error of the difference is 0.05
     for gain, verdict in ((0.11, "yes"), (0.09, "undecided"), (-0.09, "undecided"), (-0.11, "no")):
         assert reached(goal, replace(vmd, mean=0.5 + gain), replace(mdm, mean=0.5)) == [verdict]
     assert reached(goal, vmd) == []
+    vmd, mdm = (replace(r, std=s, seeds=9) for r, s in ((vmd, 0.09), (mdm, 0.12)))  # of the means 0.03 and 0.04
+    assert reached(goal, replace(vmd, mean=0.61), replace(mdm, mean=0.5)) == ["yes"]
+    vmd, mdm = (replace(r, std=s * math.sqrt(2), seeds=2) for r, s in ((vmd, 0.03), (mdm, 0.04)))
+    for gain, verdict in ((0.22, "yes"), (0.21, "undecided")):  # 4.3 errors of the difference, 0.05
+        assert reached(goal, replace(vmd, mean=0.5 + gain), replace(mdm, mean=0.5)) == [verdict]
     other = [replace(r, split="29-37 clues", mean=mean) for r, mean in ((vmd, 0.9), (mdm, 0.1))]
     assert reached(goal, replace(vmd, mean=0.5), replace(mdm, mean=0.9), *other) == ["no", "yes"]
 
@@ -64,14 +70,15 @@ def test_bounds_on_the_same_rows_are_compared_row_by_row():
     mdm = replace(
         vmd, method="mdm", mean=7.5, row_nats=(tuple(hard + 0.01 * np.random.default_rng(1).normal(size=200)),)
     )
-    difference, error = paired_difference(vmd, mdm)
+    difference, error, freedom = paired_difference(vmd, mdm)
+    assert freedom == 199
     assert difference == pytest.approx(-0.1, abs=0.003)
     assert error == pytest.approx(0.01 / np.sqrt(200), rel=0.2)
     assert reached(Goal("perplexity", 1, better_than="mdm"), vmd, mdm) == ["yes"]
     assert reached(Goal("perplexity", 1, better_than="vmd", method="mdm"), vmd, mdm) == ["no"]
     seeds = replace(vmd, row_nats=((1.0, 2.0), (2.0, 3.0), (3.0, 4.0)))
     others = replace(mdm, row_nats=((0.0, 1.0), (0.0, 1.0), (0.0, 1.0)))
-    assert paired_difference(seeds, others) == pytest.approx((2.0, 1 / np.sqrt(3)))  # 1, 2, 3 of three seeds
+    assert paired_difference(seeds, others) == pytest.approx((2.0, 1 / np.sqrt(3), 2))  # 1, 2, 3 of three seeds
 
 
 @pytest.mark.parametrize("name", TASKS)

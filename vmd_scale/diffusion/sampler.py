@@ -134,7 +134,9 @@ class _Walk:
             hidden = self._hidden(rows, group, ratio)
             priority = self.order[rows, inside]
             if sampler.by_confidence:
-                fade = (k - 1) / count[rows].clamp(min=1, max=total)  # of the row's own steps: not of those beside it
+                # Of the row's own steps, not of those beside it.
+                own = torch.full_like(count, total) if self._masks_again else count.clamp(min=1, max=total)
+                fade = (k - 1) / own[rows]
                 priority = self._sureness(hidden, masked[rows], priority, fade.unsqueeze(-1))
             drawn = highest(priority, masked[rows], number[rows])
             tokens, probability = draw_from(

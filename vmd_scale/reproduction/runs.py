@@ -69,7 +69,7 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
     Raises:
         UserError: an override of what the task or one of its methods decides.
     """
-    owned = {"training.seed", "data.shards"} | ({"data.source"} if task.variants != ("",) else set())
+    owned = {"training.seed", "data.shards"} | ({"data.source"} if task.one_source or task.variants != ("",) else set())
     for override in extra:
         key = override.partition("=")[0]
         if key in owned:

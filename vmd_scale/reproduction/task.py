@@ -153,6 +153,7 @@ class Task:
     fast_sizes: Sizes
     fast_changes_data: bool = False  # so that no published figure compares with what it gives
     variants: tuple[str, ...] = ("",)  # "" for the configuration's own
+    one_source: bool = False  # what is measured and published is of the configuration's data and no other
     published: tuple[Published, ...] = ()
     goals: tuple[Goal, ...] = ()
     notes: tuple[str, ...] = ()

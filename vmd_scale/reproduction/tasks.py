@@ -51,6 +51,7 @@ def _four_tokens(source: str, title: str, published: tuple[Published, ...], goal
         name=f"four_tokens_{source}",
         title=title,
         config=f"four_tokens_{source}.json",
+        one_source=True,
         methods=WITH_SURROGATE + two_blocks,
         measure=measures.listed(lambda variant: four_tokens_distribution(source)),
         sizes=Sizes(samples=20_000, rows=400, importance_samples=64),

@@ -9,7 +9,8 @@ import numpy as np
 from vmd_scale.reproduction.task import Goal, Row, Task
 
 LARGER_IS_BETTER = ("accuracy",)
-SURE = 2.0  # standard errors by which one method must differ from another
+# By how many standard errors one method must differ from another: Student's t, 95 %, by degrees of freedom from 1 on.
+SURE = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 SAME = ("variant", "blocks", "steps", "law", "tokens", "split", "metric", "k")  # where two methods are compared
 
 
@@ -43,9 +44,10 @@ def _explanation(found: Sequence[Verdict]) -> list[str]:
     if not any(" - " in v.found for v in found):
         return []
     text = (
-        "Of two methods one is better where they differ by more than two standard errors. The difference of two bounds "
-        "is in nats per token, over the same rows and paths; with one seed its error is that of the paired rows, which "
-        "does not know how much another training run would differ."
+        "After ± of a difference: its standard error, over seeds where there are several. Of two methods one is better "
+        "where the 95 % interval of their difference (Student's t) leaves out zero. The difference of two bounds is in "
+        "nats per token, over the same rows and paths; with one seed its error is that of the paired rows, which does "
+        "not know how much another training run would differ."
     )
     return [text, ""]
 
@@ -82,29 +84,39 @@ def _verdict(goal: Goal, rows: Sequence[Row], fitting: Sequence[Row], split: str
 def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict | None:
     """Against the other method's same measurement."""
     same = [r for r in rows if r.method == method and all(getattr(r, c) == getattr(row, c) for c in SAME)]
+    same = [r for r in same if r.latent != "fresh"]
     if not same:
         return None
     (other,) = same
+    freedom: int | None  # None: many
     if row.row_nats and other.row_nats:
-        difference, error = paired_difference(row, other)
+        difference, error, freedom = paired_difference(row, other)
         found = f"{row.mean:.4f} - {other.mean:.4f}: {difference:+.4f} ± {error:.4f} nats"
     else:
         difference = row.mean - other.mean
-        error = math.hypot(row.spread or 0.0, other.spread or 0.0)
+        error = math.hypot(_error_of_mean(row), _error_of_mean(other))
+        freedom = row.seeds + other.seeds - 2 or None
         found = f"{row.mean:.4f} - {other.mean:.4f} = {difference:+.4f} ± {error:.4f}"
     gain = better * difference
-    reached = "undecided" if abs(gain) <= SURE * error else "yes" if gain > 0 else "no"
+    sure = SURE[freedom - 1] if freedom is not None and freedom <= len(SURE) else 2.0
+    reached = "undecided" if abs(gain) <= sure * error else "yes" if gain > 0 else "no"
     return Verdict(row, f"better than {method}", found + _tokens(row), reached)
 
 
-def paired_difference(row: Row, other: Row) -> tuple[float, float]:
-    """Mean difference of two bounds that were measured on the same rows, and its standard error, nats per token.
+def paired_difference(row: Row, other: Row) -> tuple[float, float, int]:
+    """Mean difference of two bounds that were measured on the same rows, nats per token.
 
-    With several seeds the error is over seeds; with one over rows.
+    Returns:
+        The difference, its standard error, and the degrees of freedom of that: over seeds where there are several, else
+        over rows.
     """
     differences = np.asarray(row.row_nats) - np.asarray(other.row_nats)  # [seeds, rows]
     samples = differences.mean(1) if len(differences) > 1 else differences[0]
-    return float(differences.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples)))
+    return float(differences.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples))), len(samples) - 1
+
+
+def _error_of_mean(row: Row) -> float:
+    return row.standard_error or 0.0 if row.std is None else row.std / math.sqrt(row.seeds)
 
 
 def _tokens(row: Row) -> str:
