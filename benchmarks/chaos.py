@@ -1,4 +1,4 @@
-"""Break a run at random, again and again: it must end as one that nobody disturbed.
+"""Fault injection: kill, stop and damage a run at random; it must end as one that nobody disturbed.
 
     python benchmarks/chaos.py --events 30 --sizes 2      the world size stays: equal bit for bit
     python benchmarks/chaos.py --events 30 --sizes 1,2    it changes from start to start: equal to rounding, which is
@@ -7,7 +7,7 @@
 
 An event is a kill -9 of all ranks or of one, a SIGTERM, a SIGUSR1, a STOP file, or a kill followed by damage to the
 newest checkpoint: a flipped bit, a lost end, a missing file, and each of these to its manifest. They fall anywhere: at
-start-up, in a step, in a save. Kinds are dealt like cards, so that all occur.
+start-up, in a step, in a save. Kinds are drawn without replacement, so that all occur.
 
 A rank that ends by itself, or that is asked to stop while it trains and does not exit with code 75, ends the test.
 """

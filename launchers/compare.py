@@ -10,6 +10,7 @@ caveats, are refused unless a note says why they stand together; it is printed b
 import argparse
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.evaluation.perplexity import read_results
 from vmd_scale.evaluation.tables import beside_published, table
@@ -17,9 +18,9 @@ from vmd_scale.evaluation.tables import beside_published, table
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by evaluate.py --json")
-    parser.add_argument("--note", metavar="TEXT", help="why results that do not compare stand in one table")
+    parser.add_argument("--note", metavar="TEXT", help="why results that cannot be compared stand in one table")
     args = parser.parse_args()
 
     by_file = {path: read_results(path) for path in args.files}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -91,29 +92,38 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("--protocol", default="rows", metavar="NAME", help=f"one of {', '.join(NAMES)}")
-    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    parser.add_argument("--split", default="validation", choices=["train", "validation", "test"], help="of the shards")
     parser.add_argument("--steps", default="inf", metavar="T,T,...", help="numbers of sampling steps, such as 1,4,inf")
     parser.add_argument(
-        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
+        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z per row, or a new one at every step"
     )
     parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
+    parser.add_argument(
+        "--weights", default="ema", choices=["ema", "raw"], help="the moving average of the weights, or the last ones"
+    )
     parser.add_argument("--shards", metavar="DIR", help="the prepared data; default: what the run was trained on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--micro-batch", type=int, default=64, help="rows in one forward")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list of objects")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--k", default="1", metavar="K,K,...", help="importance samples; more is tighter and dearer")
+    bounds.add_argument(
+        "--k", default="1", metavar="K,K,...", help="importance samples; more give a tighter bound, at a higher cost"
+    )
     bounds.add_argument("--draws", type=int, default=1, help="independent estimates per row, averaged")
     bounds.add_argument("--rows", type=int, help="score a fixed random choice of so many rows; default: all")
     bounds.add_argument(
         "--until-error", type=float, metavar="BITS", help="as many rows as this standard error needs, in bits per token"
     )
-    bounds.add_argument("--interval", default="full", choices=INTERVALS, help="of t; full is (0, 1]")
+    bounds.add_argument(
+        "--interval",
+        default="full",
+        choices=INTERVALS,
+        help="of t; mdlm_compat is MDLM's estimate, no bound",
+    )
     bounds.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
     bounds.add_argument(
         "--source", action="append", default=[], metavar="SET=FILE", help=f"for zero_shot: {', '.join(ZERO_SHOT)}"
@@ -123,8 +133,12 @@ def parse_arguments() -> argparse.Namespace:
         "--judge", default="ngram", metavar="DIR", help="folder of a causal model, ngram or ngram:ORDER"
     )
     generation.add_argument("--count", type=int, default=64, help="samples for each number of steps")
-    generation.add_argument("--temperature", type=float, default=1.0, help="of the tokens")
-    generation.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
+    generation.add_argument(
+        "--temperature", type=float, default=1.0, help="of the tokens; 0 takes the most probable one"
+    )
+    generation.add_argument(
+        "--nucleus", type=float, default=1.0, help="top-p: the smallest set of tokens that holds this probability"
+    )
     args = parser.parse_args()
     if args.protocol not in NAMES:
         raise UserError(f"--protocol {args.protocol!r} does not exist; allowed: {', '.join(NAMES)}")
@@ -198,7 +212,7 @@ def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say:
     try:
         plain = Sampler(1, args.latent, law, args.temperature, args.nucleus)
     except ValueError as error:
-        raise UserError(f"{error}; --temperature is at least 0, --nucleus in (0, 1]") from None
+        raise UserError(f"--{error}") from None
     samplers = [replace(plain, steps=steps) for steps in parse_step_list(args.steps, "--steps")]
     shards = args.shards or trained.config.data.shards
     cache = shard_cache(trained.config.data)

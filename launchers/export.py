@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from vmd_scale.checkpoints import load_trained
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.errors import reports_user_errors
 from vmd_scale.export.card import results_of
 from vmd_scale.export.folder import DTYPES, check_request, export
@@ -22,14 +23,20 @@ from vmd_scale.files import check_writable, write_json
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
+    parser.add_argument(
+        "--weights", default="ema", choices=["ema", "raw"], help="the moving average of the weights, or the last ones"
+    )
     parser.add_argument("--encoder", action="store_true", help="q(z | x0, m) too: for bounds and further training")
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the weights in the files")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file, such as 500MB")
-    parser.add_argument("--evaluation", type=Path, metavar="FILE", help="results for the model card, of evaluate.py")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="the largest weight file, such as 500MB"
+    )
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="results of evaluate.py to put into the model card"
+    )
     parser.add_argument("--push", metavar="USER/MODEL", help="upload the folder to the Hugging Face hub afterwards")
     parser.add_argument("--public", action="store_true", help="with --push: a new repository is public, not private")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was exported and from where")

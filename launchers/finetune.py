@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import load_trained
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError, reports_user_errors
@@ -35,16 +36,24 @@ from vmd_scale.training.launch import rank_from_environment, world_size_from_env
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", required=True, dest="weights", metavar="WEIGHTS", help="what to start from")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--from",
+        required=True,
+        dest="weights",
+        metavar="WEIGHTS",
+        help="run, checkpoint, exported folder or state dict to start from",
+    )
     parser.add_argument("--corpus", required=True, help="prompts, labels, text, or any named corpus")
     parser.add_argument("--source", metavar="FILE", help="data.source; or train=A,validation=B,test=C")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="run folder")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train low-rank adapters instead of the weights")
     parser.add_argument(
-        "--train-only", metavar="NAMES", help="patterns of parameter names, by commas; 'latent': all that z needs"
+        "--train-only",
+        metavar="NAMES",
+        help="patterns of parameter names, with commas; 'latent': all that z needs",
     )
-    parser.add_argument("--config", metavar="FILE", help="the network, where the weights do not tell it")
+    parser.add_argument("--config", metavar="FILE", help="describes the network; needed for a bare state dict")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()

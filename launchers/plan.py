@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from vmd_scale.build import build_architecture
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
@@ -22,13 +23,15 @@ from vmd_scale.tokenization import load_tokenizer
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100")
+    parser.add_argument("--gpus", type=int, default=8, help="ranks of the run")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="whose peak, memory and links count")
     parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="instead of the configuration's stage")
-    parser.add_argument("--mfu", type=float, default=ATTAINED_MFU, help="what computation alone reaches; default: 0.4")
+    parser.add_argument(
+        "--mfu", type=float, default=ATTAINED_MFU, help="assumed of computation alone, without communication"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     args = parser.parse_args()
     if args.gpus < 1:

@@ -6,7 +6,7 @@
     python launchers/prepare_data.py inspect DIR --plot lengths.png        and a picture of the lengths
     python launchers/prepare_data.py verify DIR                            compare every file with its checksum
 
-A preparation that was killed is started again with the same command and goes on behind its last finished shard. Shards
+A preparation that was killed is started again with the same command and goes on after its last finished shard. Shards
 that are there and fit are left alone; shards that were made with other settings are an error, unless --force.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.inspection import describe, inspect, plot_lengths
 from vmd_scale.data.manifest import read_manifest
@@ -25,8 +26,10 @@ from vmd_scale.files import write_atomically
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=["prepare", "inspect", "verify"], default="prepare")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "action", nargs="?", choices=["prepare", "inspect", "verify"], default="prepare", help="what to do"
+    )
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of shards, for inspect and verify")
     parser.add_argument("--config", metavar="FILE", help="the run's configuration; its data section is used")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")

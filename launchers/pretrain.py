@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config import Config
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
@@ -23,14 +24,21 @@ from vmd_scale.training.launch import rank_from_environment, world_size_from_env
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's configuration, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default: runs/NAME-OF-CONFIG")
-    parser.add_argument("--resume", choices=["auto", "never"], default="auto", help="never: refuse a folder in use")
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="never: fail if the folder holds checkpoints already",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, memory, FLOPs and hours, then stop")
     parser.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: plan for N ranks")
-    parser.add_argument("--preview", action="store_true", help="print decoded rows, clean and masked, then stop")
+    parser.add_argument(
+        "--preview", action="store_true", help="prepare the data, print decoded rows, clean and masked, then stop"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The whole path on a small corpus that every Python brings along: from text to exported weights and a report.
+"""The whole path on the documentation that comes with Python: from text to exported weights and a report.
 
     python launchers/quickstart.py                              about four minutes on two CPU cores, offline
     python launchers/quickstart.py --set training.steps=5000    another setting, in an empty folder
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import find_checkpoint, whole_checkpoints
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.errors import UserError, reports_user_errors
@@ -32,7 +33,7 @@ RUN, EXPORTED = FOLDER / "run", FOLDER / "exported"
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key")
     overrides = parser.parse_args().set
     settings = [part for override in overrides for part in ("--set", override)]

@@ -15,6 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.report import write_report
 from vmd_scale.training.status import has_died, read_status
@@ -22,7 +23,7 @@ from vmd_scale.training.status import has_died, read_status
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder: what pretrain.py wrote")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: report.html in the first RUN")
     parser.add_argument("--watch", type=int, metavar="SECONDS", help="write it again and again while a run goes on")

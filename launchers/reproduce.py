@@ -12,6 +12,7 @@ on as many as its micro-batches divide into.
 import argparse
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import check_writable
 from vmd_scale.reproduction.page import markdown_table, rows_of, write_page
@@ -23,9 +24,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("task", choices=sorted(TASKS), metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="models of each method")
     parser.add_argument("--fast", action="store_true", help="scaled down: smaller models, fewer steps and samples")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every model's config"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, load_trained
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import parse_step_list
 from vmd_scale.data.corpora import normalizer_name
 from vmd_scale.data.normalize import NORMALIZERS
@@ -31,26 +32,40 @@ HOLE = "[MASK]"
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("--steps", default="64", metavar="T,T,...", help="numbers of sampling steps, such as 1,8,inf")
     parser.add_argument("--count", type=int, default=4, help="samples for each number of steps")
     parser.add_argument(
-        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z a row, or a new one a step"
+        "--latent", default="fixed", choices=["fixed", "fresh"], help="one z per row, or a new one at every step"
     )
     parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the tokens; 0 takes the most probable one")
-    parser.add_argument("--nucleus", type=float, default=1.0, help="the likeliest tokens of this probability only")
-    parser.add_argument("--order-noise", type=float, default=0.0, help="Gumbel noise on the confidence (MaskGIT)")
-    parser.add_argument("--remask", type=float, default=0.0, help="mask up to this share again after a step (ReMDM)")
+    parser.add_argument(
+        "--nucleus", type=float, default=1.0, help="top-p: the smallest set of tokens that holds this probability"
+    )
+    parser.add_argument(
+        "--order-noise",
+        type=float,
+        default=0.0,
+        help="Gumbel noise on the confidence (MaskGIT); with --paths top_prob, margin, entropy",
+    )
+    parser.add_argument(
+        "--remask",
+        type=float,
+        default=0.0,
+        help="mask up to this share again after a step (ReMDM); not with --paths bernoulli",
+    )
     parser.add_argument(
         "--prompt",
         default="",
         metavar="TEXT",
         help="what the samples begin with, ending at an end token; each [MASK] in it is a token to be drawn",
     )
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--weights", default="ema", choices=["ema", "raw"], help="the moving average of the weights, or the last ones"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--micro-batch", type=int, default=16, help="rows in one forward; does not change the samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there as well")
     args = parser.parse_args()
@@ -127,10 +142,7 @@ def make_sampler(steps: float, args: argparse.Namespace, paths: str) -> Sampler:
     try:
         return Sampler(steps, args.latent, law, args.temperature, args.nucleus, args.order_noise, args.remask)
     except ValueError as error:
-        raise UserError(
-            f"{error}; --temperature and --order-noise are at least 0, --nucleus is in (0, 1], --remask in [0, 1); "
-            "--order-noise is for paths by confidence, --remask for all but bernoulli"
-        ) from None
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Then set ``"tokenizer": "mine"`` (found under tokenizer/assets) or the path of the .model in a configuration.
 
-The same text gives the same file, byte for byte, wherever it lies and whatever the machine: so many --threads share the
-work that most machines have no more cores, and their number decides the order of the sums.
+The same text gives the same file, byte for byte, on every machine. The number of --threads decides the order of
+floating-point sums, and with it the last bits: leave it alone where files should be equal.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.data.corpora.files import lines
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
@@ -79,11 +80,13 @@ def _drawn(inputs: list[Path], most: int, seed: int) -> list[str]:
 
 @reports_user_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="text, a sentence a line")
     parser.add_argument("--vocab-size", type=int, default=8192, help="symbols, the special ones included")
     parser.add_argument("--output", type=Path, required=True, metavar="NAME.model", help="where the model goes")
-    parser.add_argument("--threads", type=int, default=THREADS, help="decides the order of sums, thus the last bits")
+    parser.add_argument(
+        "--threads", type=int, default=THREADS, help="the last bits of the scores depend on their number"
+    )
     parser.add_argument("--sentences", type=int, default=2_000_000, help="sentences drawn from the input, at most")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     args = parser.parse_args()

@@ -91,4 +91,4 @@ def _check(patterns: Sequence[str], names: Mapping[str, object], key: str) -> No
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             some = ", ".join(list(names)[:6])
-            raise UserError(f"{key}: nothing is called {pattern!r}; names are like {some}, ...")
+            raise UserError(f"{key}: no parameter matches {pattern!r}; there are {some}, ...")

@@ -129,7 +129,7 @@ class TrainedModel:
 
 
 def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
-    """The newest whole checkpoint of a run folder; a checkpoint's own folder stands for itself.
+    """The newest whole checkpoint of a run folder; a checkpoint's own folder stands for itself, as do best and latest.
 
     Args:
         key: where the user named it.
@@ -138,6 +138,8 @@ def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
         UserError: there is none.
     """
     path = Path(path)
+    if path.name in (LATEST, BEST) and path.is_file():
+        path = path.parent / path.read_text().strip()
     if (path / MANIFEST).exists() and (path / RUN_STATE).exists():
         return path
     found = whole_checkpoints(path / "checkpoints")
@@ -153,7 +155,8 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
         weights: ema | raw.
 
     Raises:
-        UserError: no checkpoint, damaged files, no EMA, or a tokenizer that is not the one the run was trained with.
+        UserError: no checkpoint, damaged files, no EMA, weights of another network, or a tokenizer that is not the one
+            the run was trained with.
     """
     checkpoint = find_checkpoint(path)
     wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
@@ -170,5 +173,11 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
         )
     architecture = build_architecture(config, tokenizer.vocab_size)
     model = VMD(replace(architecture, attention="auto"))  # trained with flash-attn, used where there is none
-    model.load_state_dict(merged(load_weights(checkpoint, weights), config.training.lora))
+    try:
+        model.load_state_dict(merged(load_weights(checkpoint, weights), config.training.lora))
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint}: its weights do not fit the network that its configuration names (a network of your own, or "
+            f"another version of this project): {' '.join(str(error).split())[:300]}"
+        ) from None
     return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)

@@ -42,7 +42,7 @@ class CorpusConfig(Section):
     )
     text_column: str | None = Field(
         default=None,
-        description='where records of .jsonl, .parquet and the hub have their text; null: "text" or the corpus\' own',
+        description='where records of .jsonl, .csv, .parquet or a hub hold the text; null: "text" or the corpus\' own',
     )
     normalizer: Literal["none", "text8", "lm1b", "ptb", "wikitext", "lambada", "scientific"] | None = Field(
         default=None, description="text clean-up before tokenization; null: what the corpus is published with"
@@ -59,7 +59,8 @@ class DataConfig(CorpusConfig):
         default=(), description="more corpora to train on; bounds are computed on this section's own corpus"
     )
     tokenizer: str = Field(
-        description="text8, text8_mdlm, sudoku, gpt2, bert-base-uncased, or a path to tokenizer files"
+        description="text8, text8_mdlm, sudoku, symbols:N, gpt2, bert-base-uncased, gpt2:FOLDER, bert:FOLDER, a name "
+        "in tokenizer/assets or on the Hugging Face hub, or a path to tokenizer files"
     )
     row_length: int = Field(ge=2, description="tokens in a row, L")
     packing: Literal["wrap", "pad", "document"] = Field(
@@ -112,9 +113,9 @@ class ModelConfig(Section):
 
 class LatentConfig(Section):
     width: int = Field(default=0, ge=0, description="d_z; 0 is the plain masked diffusion model (MDM)")
-    scope: Literal["row", "block"] = Field(default="row", description="one z a row, or one z a block of the row")
+    scope: Literal["row", "block"] = Field(default="row", description="one z per row, or one z per block of the row")
     injection: Literal["adaln", "add"] = Field(
-        default="adaln", description="how the denoiser hears z: modulation of every block, or added to the embeddings"
+        default="adaln", description="how z enters the denoiser: modulation of every block, or added to the embeddings"
     )
     encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
     encoder_width: int | None = Field(default=None, ge=1, description="null: half of model.width, in whole heads")
@@ -172,7 +173,7 @@ class TrainingConfig(Section):
     )
     learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, after warmup_steps")
     muon_learning_rate: float = Field(
-        default=0.02, gt=0, description="of Muon's matrices: the length of an update is this, whatever the gradient's"
+        default=0.02, gt=0, description="of Muon's matrices; the size of an update does not depend on the gradient's"
     )
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon's matrices")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
@@ -191,7 +192,7 @@ class TrainingConfig(Section):
     checkpoint_every: int = Field(default=1000, ge=1, description="steps")
     keep_checkpoints: int = Field(default=3, ge=1, description="the newest; the best on validation is kept beside them")
     max_skipped_steps: int = Field(
-        default=10, ge=1, description="so many steps in a row with a non-finite loss or gradient, and the run ends"
+        default=10, ge=1, description="the run ends after so many consecutive steps with a non-finite loss or gradient"
     )
     loss_spike: Literal["ignore", "warn", "rollback"] = Field(
         default="warn", description="rollback: to the checkpoint before it, and on with the batches that come after"
@@ -217,7 +218,7 @@ class TrainingConfig(Section):
 
 class EvaluationConfig(Section):
     every: int | None = Field(default=None, ge=1, description="evaluate on validation every N steps; null: never")
-    protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: the data's own")
+    protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: rows")
     steps: StepCounts = Field(default=(8, 32, "inf"), description="the T of the bounds")
     rows: int = Field(default=2048, ge=2, description="validation rows at most")
     samples: int = Field(default=0, ge=0, description="rows to draw and write down at every evaluation")
@@ -227,8 +228,8 @@ class TelemetryConfig(Section):
     log_every: int = Field(
         default=50,
         ge=1,
-        description="steps between records; the loop waits for the device only then, DeepSpeed's optimizer once or "
-        "twice a step: is the gradient finite, is it clipped",
+        description="steps between records; the loop synchronizes with the GPU only then, DeepSpeed's optimizer once "
+        "or twice per step (overflow and clipping checks)",
     )
     wandb: Literal["disabled", "offline", "online"] = Field(
         default="disabled", description="never needed: without it, or without a network, the run goes on"
@@ -368,6 +369,11 @@ class Config(Section):
     @property
     def zero_stage(self) -> int:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def resolved(self) -> Self:
+        """With the encoder's size in numbers: what a run writes down must not depend on a later version's defaults."""
+        size = {"encoder_layers": self.encoder_layers, "encoder_width": self.encoder_width}
+        return self.model_copy(update={"latent": self.latent.model_copy(update=size)})
 
     def publishable(self) -> dict[str, Any]:
         """All of it but where files lie on this machine. Data sets of a hub (hf:) keep their names."""

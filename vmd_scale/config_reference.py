@@ -4,7 +4,7 @@ python -m vmd_scale.config_reference > docs/configuration.md
 """
 
 import json
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -14,8 +14,8 @@ HEAD = """# Configuration
 
 A run is one JSON file. `"base": "other.json"` inherits from a file beside it, `--set section.key=VALUE` overrides
 (VALUE is JSON where it can be, else text), and what follows from something else is computed, never asked. Unknown keys,
-wrong types and contradictions are errors, before anything starts. Which values may be changed in the middle of a run is
-said in [operations.md](operations.md#resume-on-other-hardware-too).
+wrong types and contradictions are errors, before anything starts. The values that may be changed in the middle of a run
+are listed in [operations.md](operations.md#resume-on-other-hardware-too).
 
 This page is made from the code: `python -m vmd_scale.config_reference > docs/configuration.md`.
 """
@@ -44,7 +44,11 @@ def _table(section: type[BaseModel], definitions: dict[str, Any], prefix: str = 
     for name, field in section.model_fields.items():
         inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
         if inner is not None:
-            lines.append(_table(inner, definitions, f"{prefix}{name}.").rstrip("\n"))
+            several = get_origin(field.annotation) is tuple
+            if field.description:
+                kind, default = ("list of objects", "[]") if several else ("object or null", "null")
+                lines.append(f"| `{prefix}{name}` | {kind} | `{default}` | {field.description} |")
+            lines.append(_table(inner, definitions, f"{prefix}{name}{'[]' if several else ''}.").rstrip("\n"))
             continue
         default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
         allowed = _allowed(properties[name], definitions).replace("|", "\\|")

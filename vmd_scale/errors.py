@@ -34,7 +34,7 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
         except RunFailed as error:
             message, code = f"error: {error}", FAILED_EXIT_CODE
         except KeyboardInterrupt:
-            message, code = "interrupted; call again to go on", INTERRUPTED_EXIT_CODE
+            message, code = "interrupted; the same command goes on", INTERRUPTED_EXIT_CODE
         # Out here the exception and its traceback are gone, and with them what they held: a process group that lives
         # until the interpreter dies can abort it, with another exit code.
         gc.collect()

@@ -38,9 +38,9 @@ def check_writable(path: str | Path | None, name: str) -> None:
     path = Path(path).absolute()
     above = next(parent for parent in path.parents if parent.exists())
     for wrong, why in (
-        (path.is_dir(), "is a folder, a file is wanted"),
-        (not above.is_dir(), f"{above} is no folder"),
-        (not os.access(above, os.W_OK), f"{above} may not be written to"),
+        (path.is_dir(), "is a folder, expected a file"),
+        (not above.is_dir(), f"{above} is not a folder"),
+        (not os.access(above, os.W_OK), f"{above} is not writable"),
     ):
         if wrong:
             raise UserError(f"{name} {path}: {why}")

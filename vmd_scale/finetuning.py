@@ -126,7 +126,7 @@ def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
             return _parsed(exported["config"], weights), weights
     if not path.exists():
         raise UserError(f"--from {weights}: no such file or folder")
-    raise UserError(f"--from {weights}: does not tell its network; give it with --config FILE")
+    raise UserError(f"--from {weights}: contains no description of its network; give one with --config FILE")
 
 
 def _without_encoder(weights: str) -> bool:

@@ -36,8 +36,8 @@ MODULATION = "denoiser.blocks.*.modulation.*"  # of which time conditioning, and
 POSITION = "position.weight"
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WITHOUT_ENCODER = (
-    "holds a model that listens to z, without its encoder, and a fresh one would make z noise; export it again with "
-    "--encoder, or go on without a latent (latent.width=0)"
+    "the model is conditioned on z but comes without its encoder, and a new one would make z meaningless; "
+    "export it again with --encoder, or go on without a latent (latent.width=0)"
 )
 log = logging.getLogger(__name__)
 
@@ -70,14 +70,14 @@ def initialize_from(model: VMD, source: str, fingerprint: str | None = None) -> 
     if needed:
         raise UserError(
             f"training.init_from {source}: has no {', '.join(needed[:4])}{' ...' if len(needed) > 4 else ''}; "
-            "are the [model] and [latent] sections those of the old model?"
+            "do the sections model and latent match the old configuration?"
         )
     left = [name for name in weights if name not in own]
     unused = [name for name in left if not _is_of(name, [part for part in OPTIONAL if not _has(own, part)])]
     if unused:
         raise UserError(
             f"training.init_from {source}: this model has no place for {unused[0]} ({len(unused)} such tensors); "
-            "are the [model] and [latent] sections those of the old model?"
+            "do the sections model and latent match the old configuration?"
         )
     filled = {}
     for name, value in weights.items():

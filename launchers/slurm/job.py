@@ -48,7 +48,7 @@ def before(arguments: list[str]) -> tuple[Path, str, int]:
     if status is not None and status.state == "running":
         job = status.start.split(".")[0]
         if job not in ("", os.environ["SLURM_JOB_ID"]) and job_is_running(job):
-            raise UserError(f"job {job} is at work in {run}; two would spoil each other's files")
+            raise UserError(f"job {job} is already running in {run}; two would overwrite each other's files")
     return run, "go", free_port(12000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
 
 

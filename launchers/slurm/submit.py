@@ -18,6 +18,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 
@@ -26,22 +27,22 @@ SCRIPT = Path("launchers/slurm/pretrain.sbatch")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     run = parser.add_argument_group("the run, as in launchers/pretrain.py")
     run.add_argument("--config", required=True, metavar="FILE", help="the run's configuration, JSON")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
     run.add_argument("--output", type=Path, metavar="DIR", help="run folder; default: runs/NAME-OF-CONFIG")
     job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    job.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="one rank for each; default: 8")
+    job.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of a job")
+    job.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="one rank for each")
     job.add_argument("--ranks-per-node", type=int, metavar="N", help="with --gpus-per-node 0 only; default: 1")
-    job.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="cores; default: 8")
-    job.add_argument("--time", default="24:00:00", metavar="LIMIT", help="as sbatch takes it; default: 24:00:00")
+    job.add_argument("--cpus-per-rank", type=int, default=8, metavar="N", help="cores")
+    job.add_argument("--time", default="24:00:00", metavar="LIMIT", help="as sbatch takes it")
     job.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     job.add_argument("--account", metavar="NAME", help="default: yours")
     job.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before")
     job.add_argument(
-        "--stop-before", type=int, default=120, metavar="SECONDS", help="checkpoint so long before the limit (120)"
+        "--stop-before", type=int, default=120, metavar="SECONDS", help="write a checkpoint so long before the limit"
     )
     job.add_argument("--launcher", choices=["srun", "deepspeed"], default="srun", help="what starts ranks on a node")
     job.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="another option, may be repeated")

@@ -177,7 +177,7 @@ def test_results_are_compared_where_they_compare(call, evaluated, tmp_path):
     evaluated("--interval", "mdlm_compat")
     code, text = call("compare", bounds, compat)
     assert code == 2
-    assert "error: these results do not compare: interval 'full' and 'mdlm_compat'" in text
+    assert "error: these results cannot be compared: interval differs, 'full' and 'mdlm_compat'" in text
     code, text = call("compare", bounds, compat, "--note", "to see what the tail is worth")
     assert code == 0
     assert text.splitlines()[-1] == "note: to see what the tail is worth"

@@ -3,18 +3,20 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_in_processes
 
-from vmd_scale.build import build_model, build_objective, masks_of
+from vmd_scale.build import build_architecture, build_model, build_objective, masks_of
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
 from vmd_scale.config_file import load_config
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.errors import UserError
 from vmd_scale.export.folder import export
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.optim import learning_rate_at
@@ -229,7 +231,9 @@ def test_losses_and_gradient_norms_are_those_of_a_plain_loop(ranks, reference, f
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["ema", "raw"])
 def test_weights_put_together_from_all_ranks_are_those_of_a_plain_loop(ranks, reference, folder, stage, kind):
-    found = load_weights(find_checkpoint(folder / f"stage{stage}"), kind)
+    newest = find_checkpoint(folder / f"stage{stage}")
+    assert find_checkpoint(folder / f"stage{stage}" / "checkpoints" / "latest") == newest
+    found = load_weights(newest, kind)
     assert found.keys() == reference[kind].keys()
     for name, wanted in reference[kind].items():
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5, msg=name)
@@ -252,6 +256,15 @@ def test_an_export_of_any_stage_computes_what_the_weights_of_a_plain_loop_do(
         torch.testing.assert_close(
             exported.logits(x.noisy, x.epsilon), trained.model.logits(x.noisy, x.epsilon), rtol=0, atol=1e-4
         )
+
+
+def test_weights_of_another_network_are_an_error_in_words(ranks, folder, monkeypatch):
+    def build_wider(config, vocab_size):
+        return replace(build_architecture(config, vocab_size), mlp_ratio=3.0)
+
+    monkeypatch.setattr("vmd_scale.checkpoints.build_architecture", build_wider)
+    with pytest.raises(UserError, match=r"step-00000005: its weights do not fit the network .* size mismatch for den"):
+        load_trained(folder / "stage0")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -310,14 +310,14 @@ def test_evaluation_sampling_and_export(refused, desk):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--output", "a-file"], "--output .*a-file/config.json: .*a-file is no folder"),
-        (["--output", "a-file/inside"], "--output .*a-file/inside/config.json: .*a-file is no folder"),
+        (["--output", "a-file"], "--output .*a-file/config.json: .*a-file is not a folder"),
+        (["--output", "a-file/inside"], "--output .*a-file/inside/config.json: .*a-file is not a folder"),
         (["--output", "shards"], "--output shards: exists and is not an exported model"),
         (["--max-shard-size", "abc"], "--max-shard-size 'abc': expected a size such as 500MB or 5GB"),
         (["--max-shard-size", "0GB"], "--max-shard-size '0GB': expected a size"),
         (["--max-shard-size", "1.2.3GB"], "--max-shard-size '1.2.3GB': expected a size"),
         (["--max-shard-size", "5"], "--max-shard-size '5': expected a size"),
-        (["--json", "shards"], "--json .*shards: is a folder, a file is wanted"),
+        (["--json", "shards"], "--json .*shards: is a folder, expected a file"),
     ],
 )
 def test_export_refuses_before_it_loads_a_model(refused, desk, options, message):
@@ -337,7 +337,7 @@ def test_fine_tuning(refused, desk):
     assert "--from nowhere: no such file or folder" in line
     (desk.folder / "a-file").touch()
     arguments = fine_tuned(desk, output="a-file")
-    assert "a-file is no folder" in refused("finetune", *arguments)
+    assert "a-file is not a folder" in refused("finetune", *arguments)
     line = refused("finetune", *fine_tuned(desk, "--set", "training.stepz=3"))
     assert "unknown key 'training.stepz'; did you mean" in line
     line = refused("finetune", *fine_tuned(desk, source="train=a.jsonl,tests=b.jsonl"))
@@ -355,11 +355,11 @@ def test_report(refused, desk):
     assert "nowhere: not a run folder, there is no such folder" in refused("report", "nowhere")
     assert "--watch 0: must be at least 1" in refused("report", "run", "--watch", 0)
     assert f"--output {desk.shards}: is a folder" in refused("report", "run", "--output", "shards")
-    assert "a-file is no folder" in refused("report", "run", "--output", "a-file/page.html")
-    assert "a-file is no folder" in refused("report", "run", "--png", "a-file")
+    assert "a-file is not a folder" in refused("report", "run", "--output", "a-file/page.html")
+    assert "a-file is not a folder" in refused("report", "run", "--png", "a-file")
 
 
 def test_the_run_folder_is_a_folder(refused, desk):
     (desk.folder / "a-file").touch()
     line = refused("pretrain", *pretrain(desk), "--output", "a-file")
-    assert re.search("--output .*/a-file/config.json: .*/a-file is no folder", line), line
+    assert re.search("--output .*/a-file/config.json: .*/a-file is not a folder", line), line

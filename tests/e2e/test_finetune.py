@@ -121,7 +121,7 @@ def test_what_cannot_be_started_from_is_named(lab, pretrained):
     (pretrained / "weights.pt").write_bytes(b"")
     for weights, message in (
         ("nowhere", "--from nowhere: no such file or folder"),
-        (pretrained / "weights.pt", "does not tell its network; give it with --config FILE"),
+        (pretrained / "weights.pt", "contains no description of its network; give one with --config FILE"),
     ):
         options = ("--corpus", "text", "--source", lab.source, "--output", pretrained / "none")
         finished = lab.launch("finetune", "--from", weights, *options)

@@ -185,7 +185,9 @@ def test_two_jobs_at_work_in_one_folder_are_refused(start, lab, call, monkeypatc
         monkeypatch.setattr(JOB, "job_is_running", lambda job, running=running: running and job == "3")
         code, _, err = call(JOB.main, *arguments)
         assert code == wanted
-        assert err == ([f"error: job 3 is at work in {tmp_path}; two would spoil each other's files"] if wanted else [])
+        assert err == (
+            [f"error: job 3 is already running in {tmp_path}; two would overwrite each other's files"] if wanted else []
+        )
 
 
 def test_without_a_configuration_job_py_says_what_is_missing(start, call):

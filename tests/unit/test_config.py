@@ -28,6 +28,13 @@ def test_every_published_config_is_valid_and_survives_a_round_trip(path):
     assert parse_config(json.loads(config.to_json()), "again") == config
 
 
+def test_what_a_run_writes_down_does_not_depend_on_later_defaults():
+    config = parse_config(MINIMAL, "a run")
+    written = json.loads(config.resolved().to_json())["latent"]
+    assert (written["encoder_layers"], written["encoder_width"]) == (config.encoder_layers, config.encoder_width)
+    assert config.resolved().resolved() == config.resolved()
+
+
 def test_a_config_inherits_key_by_key(tmp_path):
     write(tmp_path, "base.json", {**MINIMAL, "latent": {"width": 8, "injection": "add"}})
     (tmp_path / "sub").mkdir()

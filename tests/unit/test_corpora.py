@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import logging
@@ -229,11 +230,18 @@ def write_records(path: Path, records: list[str]) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": records, "n": list(range(len(records)))}), path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"text": record}) + "\n" for record in records))
+    elif path.suffix == ".zst":
+        lines = "".join(json.dumps({"text": record}) + "\n" for record in records)
+        with pyarrow.output_stream(path, compression="zstd") as file:
+            file.write(lines.encode())
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as table:
+            csv.writer(table).writerows([["n", "text"], *([n, record] for n, record in enumerate(records))])
     else:
         path.write_text("".join(record + "\n" for record in records))
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.zst", ".csv", ".parquet"])
 def test_text_records_and_their_splits(suffix: str, tmp_path: Path) -> None:
     records = [f"record {n}" for n in range(40)]
     write_records(tmp_path / f"b{suffix}", records[25:])
@@ -276,7 +284,7 @@ def test_not_utf8_names_file_and_offset(tmp_path: Path) -> None:
         texts(data("text", {"train": str(path)}), "train")
 
 
-@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zip", ".parquet"])
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst", ".zip", ".parquet"])
 def test_damaged_archives(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"damaged{suffix}"
     path.write_bytes(b"this is no archive")
@@ -290,6 +298,25 @@ def test_bad_json_lines(line: str, tmp_path: Path) -> None:
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2"):
         texts(data("text", {"train": str(path)}), "train")
+
+
+def test_fields_of_a_table_may_hold_commas_quotes_and_lines(tmp_path: Path) -> None:
+    wanted = ['one, "two"', "three\nfour"]
+    write_records(tmp_path / "a.csv", wanted)
+    assert texts(data("text", {"train": str(tmp_path / "a.csv")}), "train") == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,body\n1,x\n", r'a\.csv: its first line names no column "text"; columns: id, body \(data\.text_column\)'),
+        ("id,text\n1,x\n\n2\n", r"a\.csv, record 4: 1 fields, the first line has 2"),
+    ],
+)
+def test_bad_tables(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        texts(data("text", {"train": str(tmp_path / "a.csv")}), "train")
 
 
 def test_a_new_corpus_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,5 +12,5 @@ def test_what_can_be_written_is_known_before_and_nothing_is_made(tmp_path):
     check_writable(tmp_path / "file.json", "--json")  # would be replaced
     with pytest.raises(UserError, match=rf"--json {tmp_path}: is a folder"):
         check_writable(tmp_path, "--json")
-    with pytest.raises(UserError, match=r"file\.json is no folder"):
+    with pytest.raises(UserError, match=r"file\.json is not a folder"):
         check_writable(tmp_path / "file.json" / "new.json", "--json")

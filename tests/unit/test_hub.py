@@ -119,7 +119,7 @@ def test_a_broken_stream_is_read_on_where_it_broke(
 def test_a_hub_that_stays_away_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, train=numbered(9))
     hub.trouble = [(-1, ConnectionError("no network"))] * remote.ATTEMPTS
-    wanted = r"data\.source 'hf:someone/corpus': not to be had in 6 attempts: no network; call again .* local file or"
+    wanted = r"data\.source 'hf:someone/corpus': could not be fetched in 6 attempts: no network; call again .* file or"
     with pytest.raises(RunFailed, match=wanted):
         texts(data("text"), "train")
     hub.trouble = [(5, ConnectionError("gone"))] * remote.ATTEMPTS

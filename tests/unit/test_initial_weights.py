@@ -354,9 +354,9 @@ def test_only_what_is_named_is_trained():
 
 
 def test_patterns_that_fit_nothing_are_errors():
-    with pytest.raises(UserError, match=r"training\.trainable: nothing is called 'denoiser\.haed\.\*'"):
+    with pytest.raises(UserError, match=r"training\.trainable: no parameter matches 'denoiser\.haed\.\*'"):
         freeze(model_of(), ("denoiser.haed.*",))
-    with pytest.raises(UserError, match=r"training\.lora\.layers: nothing is called 'qkv'"):
+    with pytest.raises(UserError, match=r"training\.lora\.layers: no parameter matches 'qkv'"):
         add_adapters(model_of(), LoRAConfig(rank=2, layers=("qkv",)))
     with pytest.raises(UserError, match=r"'latent' needs a latent"):
         freeze(model_of(), ("latent",))

@@ -1,4 +1,4 @@
-"""A preparation that was killed goes on behind its last finished shard, to the same files, or starts anew."""
+"""A preparation that was killed goes on after its last finished shard, to the same files, or starts anew."""
 
 import signal
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path: Path) -> None:
         _, errors = process.communicate()
         pipe.close()
         source.unlink()
-        assert ("train: goes on behind" in errors) == bool(kept)
+        assert ("train: goes on after" in errors) == bool(kept)
         assert len(workers) == 2
         assert not psutil.wait_procs(workers, timeout=30)[1]  # none is left behind
         assert not (folder / "manifest.json").exists()

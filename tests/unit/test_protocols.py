@@ -132,7 +132,7 @@ def test_which_tokens_are_masked_attended_and_counted() -> None:
 def test_what_does_not_compare_is_not_put_into_one_table(other: dict[str, str]) -> None:
     results = [result(), result(**other)]
     (key,) = other
-    with pytest.raises(UserError, match=f"do not compare: {key} .*--note"):
+    with pytest.raises(UserError, match=f"cannot be compared: {key} .*--note"):
         table(results)
     text = table(results, note="two sides of a story")
     assert text.splitlines()[-1] == "note: two sides of a story"

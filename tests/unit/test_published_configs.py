@@ -9,6 +9,7 @@ import torch
 from vmd_scale.build import build_architecture
 from vmd_scale.config_file import load_config
 from vmd_scale.data.corpora import normalizer_name
+from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import PROTOCOLS
 from vmd_scale.model import VMD
 from vmd_scale.planning.memory import memory_of
@@ -65,6 +66,15 @@ def test_baselines_differ_from_each_other_in_the_method_alone(data):
     assert (mdm.diffusion.block_size, mdm.diffusion.steps) == (None, ("inf",))
     assert blocks.diffusion.block_size in (4, 16)
     assert ours.diffusion.objective == "vmd"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "way_out"), [(16, "training.micro_batch=32 fits"), (7, "take a number of ranks that")]
+)
+def test_a_batch_that_does_not_fit_the_ranks_names_a_way_out(ranks, way_out):
+    config = load_config(CONFIGS / "lm1b.json")
+    with pytest.raises(UserError, match=rf"training\.global_batch \(512\) .* = {64 * ranks}; {way_out}"):
+        accumulation_steps(config, ranks)
 
 
 def test_runs_on_text_show_what_they_write():

@@ -67,7 +67,7 @@ def persistently(url: str, fetch: Callable[[], Answer]) -> Answer:
                 if isinstance(error, Altered):
                     raise UserError(str(error)) from None
                 raise RunFailed(
-                    f"{url}: not to be had in {ATTEMPTS} attempts: {str(error) or type(error).__name__}"
+                    f"{url}: could not be fetched in {ATTEMPTS} attempts: {str(error) or type(error).__name__}"
                 ) from None
             pause = FIRST_PAUSE * 2**attempt
             log.warning("%s: %s; trying again in %g s", url, str(error) or type(error).__name__, pause)

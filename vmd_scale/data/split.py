@@ -164,7 +164,7 @@ class SplitPreparation:
         self._writer.append(arrays["tokens"], arrays.get("roles"))
         self._frequencies = arrays["frequencies"]
         self.rows = sum(shard.rows for shard in progress.shards) + len(arrays["tokens"])
-        log.info("%s: goes on behind %s documents, %d shards", self._split, f"{self.text.read:,}", len(progress.shards))
+        log.info("%s: goes on after %s documents, %d shards", self._split, f"{self.text.read:,}", len(progress.shards))
 
     def _left_over(self) -> tuple[Progress | None, dict[str, np.ndarray]]:
         path = progress_file(self._folder, self._split)

@@ -1,4 +1,4 @@
-"""Valid bounds on the likelihood of named T-step samplers (DESIGN section 3), per row, in nats.
+"""Valid bounds on the likelihood of named T-step samplers (docs/method.md), per row, in nats.
 
 Everything here is an upper bound on -log p_T(x0) in expectation; a sampler is named by (T, latent fixed or fresh, law
 of the paths). The training surrogate lives apart, in `vmd_surrogate`, because it bounds nothing.

@@ -1,4 +1,4 @@
-"""The training objectives (DESIGN section 3), on inputs that were prepared on the host.
+"""The training objectives (docs/method.md), on inputs that were prepared on the host.
 
     nelbo   E_{T, k} E_{q(z | x0)}    [ w * sum_masked -log p(x0 | xt, z) ]  +      KL( q(z | x0)    || p(z) )
     vmd     E_t      E_{q(z | x0, m)} [ 1/t * ( sum_masked -log p(x0 | xt, z) + lambda KL( q(z | x0, m) || p(z) ) ) ]

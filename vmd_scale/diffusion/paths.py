@@ -1,4 +1,4 @@
-"""Paths: at which step is each position revealed? (DESIGN section 3)
+"""Paths: at which step is each position revealed? (docs/method.md)
 
 A T-step sampler runs k = T, T-1, ..., 1. Before step k the mask ratio is k / T (linear schedule, alpha(t) = 1 - t); the
 position with reveal step s is masked as long as k >= s and is drawn in step s. Two laws of s are independent of the

@@ -30,11 +30,24 @@ class Sampler:
     remask: float = 0.0  # at most this share of the revealed tokens is masked again after a step (arXiv 2503.00307)
 
     def __post_init__(self) -> None:
-        wrong = self.steps < 1 or self.steps % 1 > 0 or self.latent not in ("fixed", "fresh") or self.law not in LAWS
-        wrong |= not (self.temperature >= 0 and 0 < self.nucleus <= 1 and self.order_noise >= 0)
-        wrong |= not 0 <= self.remask < 1 or (self.remask > 0 and self.law == "bernoulli")
-        if wrong or (self.order_noise > 0 and not self.by_confidence):
-            raise ValueError(f"no such sampler: {self}")
+        allowed = {
+            "steps": (math.isinf(self.steps) or (self.steps >= 1 and self.steps % 1 == 0), "a whole number, or inf"),
+            "latent": (self.latent in ("fixed", "fresh"), "fixed or fresh"),
+            "law": (self.law in LAWS, ", ".join(LAWS)),
+            "temperature": (self.temperature >= 0, "at least 0"),
+            "nucleus": (0 < self.nucleus <= 1, "more than 0, at most 1"),
+            "order_noise": (
+                self.order_noise == 0 or (self.order_noise > 0 and self.by_confidence),
+                f"0, or more with a law of confidence ({', '.join(CONFIDENCE_LAWS)}); the law is {self.law}",
+            ),
+            "remask": (
+                0 <= self.remask < 1 and (self.remask == 0 or self.law != "bernoulli"),
+                f"at least 0, less than 1, and 0 with law bernoulli; the law is {self.law}",
+            ),
+        }
+        for name, (good, what) in allowed.items():
+            if not good:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected {what}")
 
     @property
     def by_confidence(self) -> bool:

@@ -94,7 +94,7 @@ class HuggingFaceJudge:
             import transformers
         except ImportError:
             raise UserError(
-                "--judge FOLDER needs transformers: pip install 'vmd_scale[transformers]'; or use ngram"
+                "--judge FOLDER needs transformers: pip install -e '.[transformers]'; or use ngram"
             ) from None
         if not Path(folder).is_dir():
             raise UserError(f"--judge {folder}: no such folder; expected a Hugging Face model folder, or ngram")

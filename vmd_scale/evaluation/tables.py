@@ -54,7 +54,7 @@ def check_comparable(results: Sequence[Result], note: str | None) -> None:
         values = list(dict.fromkeys(_shown(getattr(r, key)) for r in results))
         if len(values) > 1:
             raise UserError(
-                f"these results do not compare: {key} {' and '.join(map(repr, values))}; "
+                f"these results cannot be compared: {key} differs, {' and '.join(map(repr, values))}; "
                 "put them into tables of their own, or say with --note why they stand together"
             )
 

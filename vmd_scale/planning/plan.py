@@ -140,12 +140,12 @@ def describe(plan: Plan, gpus: int) -> str:
         f"micro-batch {config.training.micro_batch}, checkpointing {config.training.activation_checkpointing}",
     ]
     parts = list(asdict(plan.memory(gpus)))
-    lines.append(f"{'ZeRO':<6}" + "".join(f"{part:>12}" for part in (*parts, "total", "largest micro")))
+    lines.append(f"{'ZeRO':<6}" + "".join(f"{part:>12}" for part in (*parts, "total")) + "   largest micro")
     for stage in range(4):
         memory = plan.memory(gpus, stage)
         values = "".join(f"{value / GIB:>12.2f}" for value in (*asdict(memory).values(), memory.total))
         mark = " <- configured" if stage == config.zero_stage else ""
-        lines.append(f"{stage:<6}{values}{plan.largest_micro_batch(gpus, stage):>12}{mark}")
+        lines.append(f"{stage:<6}{values}{plan.largest_micro_batch(gpus, stage):>16}{mark}")
     lines += [
         "",
         f"expected, computation at {plan.mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s, ${gpu.price:.2f} a GPU-hour",

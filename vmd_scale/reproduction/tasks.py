@@ -26,8 +26,8 @@ WITH_SURROGATE = (
 LISTED_NOTE = (
     "accuracy: share of the samples that occur in the data. kl: KL(data, samples) in nats, with 1/2 added to every "
     "count (its bias is about (rows of the data) / (2 x samples); samples are 20,000, with --fast 5,000). bound_nats: "
-    "importance-weighted bound on the cross-entropy of the data, exact over the data; by chance only, within its "
-    "standard error, is it below the truth."
+    "importance-weighted bound on the cross-entropy of the data, exact over the data; it falls below the truth by "
+    "sampling error only."
 )
 TOKENS_NOTE = (
     "argmax takes the most probable token given z, as the published sampler seems to; drawn samples from the "
@@ -176,8 +176,8 @@ TOY2D = Task(
     ),
     notes=(
         "js: Jensen-Shannon divergence between the histogram of the samples and the exact distribution, in nats; it "
-        "cannot exceed ln 2 = 0.693. js_of_exact_draws is that of as many draws from the distribution itself: less "
-        "than about this nobody can reach.",
+        "cannot exceed ln 2 = 0.693. js_of_exact_draws is that of as many draws from the distribution itself: about "
+        "what a perfect sampler would score.",
         "The published figures (VADD's) of MDM exceed ln 2, and 1 bit: what is called JS divergence there must be "
         "something else, on shapes whose constants are not published. Only the order of methods can be compared.",
         "A row has two tokens, so that five steps of law balanced are one token a step, for both methods; with "

@@ -46,8 +46,8 @@ def _explanation(found: Sequence[Verdict]) -> list[str]:
     text = (
         "After ± of a difference: its standard error, over seeds where there are several. Of two methods one is better "
         "where the 95 % interval of their difference (Student's t) leaves out zero. The difference of two bounds is in "
-        "nats per token, over the same rows and paths; with one seed its error is that of the paired rows, which does "
-        "not know how much another training run would differ."
+        "nats per token, over the same rows and paths; with one seed its error is that of the paired rows and "
+        "leaves out how much another training run would differ."
     )
     return [text, ""]
 

@@ -153,7 +153,7 @@ def _load_from_hub(name: str) -> Tokenizer:
     except Exception as error:  # offline, unknown name, no tokenizer.json: the library raises bare Exception
         raise UserError(
             f"data.tokenizer {name!r}: not {', '.join(CHARACTERS)} or symbols:N, not a file or folder, not under "
-            f"{ASSETS / name}, and not to be had from the Hugging Face hub ({str(error).splitlines()[0]}). "
+            f"{ASSETS / name}, and could not be fetched from the Hugging Face hub ({str(error).splitlines()[0]}). "
             f"Put its files into {ASSETS / name}/ or give their folder as data.tokenizer: "
             f"{'; '.join(_expected_files().values())}"
         ) from None

@@ -48,13 +48,18 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     Raises:
         UserError: the global batch does not divide evenly.
     """
-    per_pass = config.training.micro_batch * world_size
-    if config.training.global_batch % per_pass:
-        raise UserError(
-            f"training.global_batch ({config.training.global_batch}) must be a multiple of training.micro_batch "
-            f"({config.training.micro_batch}) x the number of ranks ({world_size}) = {per_pass}"
+    rows, micro_batch = config.training.global_batch, config.training.micro_batch
+    per_pass = micro_batch * world_size
+    if rows % per_pass:
+        fitting = max((n for n in range(1, micro_batch) if rows % (n * world_size) == 0), default=None)
+        way_out = (
+            "take a number of ranks that divides it" if fitting is None else f"training.micro_batch={fitting} fits"
         )
-    return config.training.global_batch // per_pass
+        raise UserError(
+            f"training.global_batch ({rows}) must be a multiple of training.micro_batch ({micro_batch}) x the number "
+            f"of ranks ({world_size}) = {per_pass}; {way_out}"
+        )
+    return rows // per_pass
 
 
 def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:

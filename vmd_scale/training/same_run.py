@@ -29,8 +29,8 @@ def check_same_run(
             f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
             f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
-    saved = parse_config(state["config"], str(checkpoint / RUN_STATE)).model_dump(mode="json")  # keys newer than it
-    ours = config.model_dump(mode="json")
+    then = parse_config(state["config"], str(checkpoint / RUN_STATE))  # with keys that are newer than it
+    saved, ours = then.resolved().model_dump(mode="json"), config.resolved().model_dump(mode="json")
     for values in (saved, ours):
         values["data"]["mixture"] = [
             {key: value for key, value in each.items() if key not in MOVABLE} for each in values["data"]["mixture"]
@@ -46,11 +46,11 @@ def check_same_run(
                 f"{section}.{key} is {ours[section][key]!r}, but {checkpoint} was trained with {before!r}; "
                 "choose another --output, or put it back"
             )
-    for data, now, then in zip(config.data.corpora(), contents, state.get("contents", []), strict=False):
-        for split in (split for split in now if split in then):
+    for data, now, before in zip(config.data.corpora(), contents, state.get("contents", []), strict=False):
+        for split in (split for split in now if split in before):
             for key, value in now[split].items():
-                if value != then[split][key]:
+                if value != before[split][key]:
                     raise UserError(
                         f"data.shards {data.shards!r}: {key} of split {split!r} is {value}, but {checkpoint} was "
-                        f"trained with {then[split][key]}: not the same data; choose another --output, or put it back"
+                        f"trained with {before[split][key]}: not the same data; choose another --output, or put it back"
                     )

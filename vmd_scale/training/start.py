@@ -121,6 +121,7 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     Raises:
         UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
     """
+    config = config.resolved()
     check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)

@@ -1,7 +1,8 @@
-"""Reading text out of files: plain, .xz, .gz, .zip; lines, JSON lines and Parquet; with errors that say where."""
+"""Reading text out of files: plain, .xz, .gz, .zst, .zip; lines, JSON lines, CSV and Parquet; errors say where."""
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import zipfile
@@ -13,8 +14,8 @@ from typing import IO, cast
 
 from vmd_scale.errors import UserError
 
-COMPRESSED = (".xz", ".gz", ".zip")
-RECORD_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", "")
+COMPRESSED = (".xz", ".gz", ".zst", ".zip")
+RECORD_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", "")
 
 
 @contextmanager
@@ -31,6 +32,11 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         elif path.suffix == ".gz":
             with gzip.open(path) as unzipped:
                 yield cast(IO[bytes], unzipped)
+        elif path.suffix == ".zst":
+            import pyarrow
+
+            with pyarrow.input_stream(path, compression="zstd") as unpacked:
+                yield cast(IO[bytes], io.BufferedReader(unpacked))
         elif path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = [name for name in archive.namelist() if not name.endswith("/")]
@@ -67,10 +73,12 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def records(path: Path, column: str = "text") -> Iterator[str]:
-    """Texts of a file: lines of .txt, the `column` of each line of .jsonl or of each row of .parquet."""
+    """Texts of a file: lines of .txt, the `column` of each line of .jsonl or of each row of .csv and .parquet."""
     kind = content_suffix(path)
     if kind == ".parquet":
         return _parquet_texts(path, column)
+    if kind == ".csv":
+        return _csv_texts(path, column)
     return _json_texts(path, column) if kind in (".jsonl", ".json") else lines(path)
 
 
@@ -90,7 +98,8 @@ def files_of(path: Path, also: Sequence[str] = ()) -> list[Path]:
         found = [p for p in inside if content_suffix(p) in (*RECORD_SUFFIXES, *also)]
         if not found:
             raise UserError(
-                f"data.source: no {', '.join((*also, '.txt', '.jsonl'))} or .parquet files (also .xz, .gz) in {path}"
+                f"data.source: no {', '.join((*also, '.txt', '.jsonl', '.csv'))} or .parquet files in {path} "
+                "(also .xz, .gz, .zst)"
             )
         return found
     if not path.exists():
@@ -117,6 +126,25 @@ def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, fields
     except csv.Error as error:
         raise UserError(f"{path}, after record {number}: {error}") from None
+
+
+def _csv_texts(path: Path, column: str) -> Iterator[str]:
+    """The first record names the columns."""
+    header: list[str] | None = None
+    for number, fields in csv_records(path):
+        if not fields:  # an empty line
+            continue
+        if header is None:
+            header = fields
+            if column not in header:
+                raise UserError(
+                    f'{path}: its first line names no column "{column}"; columns: {", ".join(header)} '
+                    "(data.text_column)"
+                )
+            continue
+        if len(fields) != len(header):
+            raise UserError(f"{path}, record {number}: {len(fields)} fields, the first line has {len(header)}")
+        yield fields[header.index(column)]
 
 
 def _json_texts(path: Path, column: str) -> Iterator[str]:
