@@ -44,6 +44,7 @@ ELSEWHERE = {  # beginnings of commands that are not run here, and why; those of
     "pip install": "a package registry",
     "python -m vmd_scale.config_reference": "it would overwrite the page; tests/unit/test_docs.py compares",
     "python launchers/prepare_data.py --config CONFIG.json --set data.workers=16": "16 processes",
+    "python launchers/prepare_data.py --config configs/": "corpora that are to be downloaded",
     "deepspeed launchers/pretrain.py": "LM1B, from a hub, and GPUs",
     "deepspeed --hostfile": "several machines",
     "torchrun --nproc-per-node 8": "LM1B or OpenWebText, from a hub, and eight GPUs",
