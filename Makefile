@@ -38,7 +38,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -q tests/distributed tests/e2e tests/slurm
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -75,4 +75,4 @@ def test_samplers_and_bounds_of_one_of_its_models(reproduced, lab):
     ]
     wrong = lab.launch("sample", *run, "--nucleus", 0)
     assert wrong.code == 2
-    assert "--nucleus is in (0, 1]" in wrong.errors[0]
+    assert "--nucleus 0.0: expected more than 0, at most 1" in wrong.errors[0]

@@ -182,7 +182,7 @@ def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
 
 def test_without_transformers_the_judge_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"needs transformers: pip install 'vmd_scale\[transformers\]'; or use ngram"):
+    with pytest.raises(UserError, match=r"needs transformers: pip install -e '\.\[transformers\]'; or use ngram"):
         HuggingFaceJudge(str(tmp_path), torch.device("cpu"))
 
 
