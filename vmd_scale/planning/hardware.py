@@ -59,8 +59,8 @@ def peak_flops(device: torch.device) -> float:
     return measured_flops(device)
 
 
-def measured_flops(device: torch.device, size: int = 768, repeats: int = 5) -> float:
-    """FLOP/s of a square fp32 matrix product (bf16 on GPU): the best of a few."""
+def measured_flops(device: torch.device, size: int = 768, repeats: int = 30) -> float:
+    """FLOP/s of a square fp32 matrix product (bf16 on GPU): the best of some, as another process may slow down any."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 8 * size if device.type == "cuda" else size
     a = torch.randn(size, size, device=device, dtype=dtype)
