@@ -119,10 +119,7 @@ def parse_arguments() -> argparse.Namespace:
         "--until-error", type=float, metavar="BITS", help="as many rows as this standard error needs, in bits per token"
     )
     bounds.add_argument(
-        "--interval",
-        default="full",
-        choices=INTERVALS,
-        help="of t; mdlm_compat is MDLM's estimate, no bound",
+        "--interval", default="full", choices=INTERVALS, help="of t; mdlm_compat is MDLM's estimate, no bound"
     )
     bounds.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
     bounds.add_argument(

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,3 +184,19 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture
+def loaded_alone() -> Callable[..., Any]:
+    """Loads an exported folder by the folder's own code, in this process."""
+
+    def load(folder: Path, **options: Any) -> Any:
+        sys.path.insert(0, str(folder))
+        try:
+            sys.modules.pop("modeling_vmd", None)
+            import modeling_vmd
+        finally:
+            sys.path.pop(0)
+        return modeling_vmd.load(folder, **options)
+
+    return load

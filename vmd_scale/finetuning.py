@@ -10,6 +10,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
 from vmd_scale.initial_weights import WITHOUT_ENCODER
 from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.training.engine import fitting_micro_batch
 
 LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
@@ -97,7 +98,7 @@ def finetuning_config(
     origin = f"fine-tuning {weights}"
     global_batch = parse_config(values, origin, overrides).training.global_batch
     most = min(old_training["micro_batch"], MICRO_BATCH)
-    values["training"]["micro_batch"] = _fitting(most, global_batch, ranks)
+    values["training"]["micro_batch"] = fitting_micro_batch(most, global_batch, ranks) or 1
     config = parse_config(values, origin, overrides)
     if has_lost_encoder and config.latent.width:
         raise UserError(f"--from {weights}: {WITHOUT_ENCODER}")
@@ -107,11 +108,6 @@ def finetuning_config(
             "under the sampler that draws the whole row in one step"
         )
     return config
-
-
-def _fitting(most: int, global_batch: int, ranks: int) -> int:
-    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; 1 where none does."""
-    return next((size for size in range(most, 1, -1) if global_batch % (size * ranks) == 0), 1)
 
 
 def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:

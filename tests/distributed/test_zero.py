@@ -1,8 +1,6 @@
 """All ZeRO stages compute the same thing: what a plain PyTorch loop computes on the same global batches."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -242,13 +240,10 @@ def test_weights_put_together_from_all_ranks_are_those_of_a_plain_loop(ranks, re
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["ema", "raw"])
 def test_an_export_of_any_stage_computes_what_the_weights_of_a_plain_loop_do(
-    ranks, reference, folder, stage, kind, tmp_path, monkeypatch
+    ranks, reference, folder, stage, kind, tmp_path, loaded_alone
 ):
     trained = load_trained(str(folder / f"stage{stage}"), kind)
-    monkeypatch.syspath_prepend(str(export(trained, tmp_path / "exported", encoder=True)))
-    monkeypatch.delitem(sys.modules, "modeling_vmd", raising=False)
-    exported = importlib.import_module("modeling_vmd").load(tmp_path / "exported")
-    monkeypatch.delitem(sys.modules, "modeling_vmd")
+    exported = loaded_alone(export(trained, tmp_path / "exported", encoder=True))
     trained.model.load_state_dict(reference[kind])
     x = probe_inputs(trained.config, trained.tokenizer.vocab_size)
     assert x.epsilon is not None

@@ -174,17 +174,6 @@ def run_apart(code, folder, *options, packages=""):
     return torch.load(folder / "outputs.pt")
 
 
-def loaded_alone(folder, **options):
-    """By the folder's own code, in this process."""
-    sys.path.insert(0, str(folder))
-    try:
-        sys.modules.pop("modeling_vmd", None)
-        import modeling_vmd
-    finally:
-        sys.path.pop(0)
-    return modeling_vmd.load(folder, **options)
-
-
 def bounds_here(exported):
     """By this project's own code."""
     trained, clean = exported["trained"], exported["clean"]
@@ -274,7 +263,7 @@ def test_the_model_card_shows_what_was_measured_of_these_weights_and_nothing_els
 
 @pytest.mark.parametrize("exported", ["vmd"], indirect=True)
 @torch.no_grad()
-def test_raw_weights_are_those_that_were_trained_last(exported, lab):
+def test_raw_weights_are_those_that_were_trained_last(exported, lab, loaded_alone):
     """`--weights raw`: not the average, and the same logits."""
     folder, trained = exported["folder"], load_trained(exported["folder"] / "run", "raw")
     finished = lab.launch(
@@ -290,7 +279,7 @@ def test_raw_weights_are_those_that_were_trained_last(exported, lab):
     assert (wanted - exported["logits"]).abs().max() > 1e-4  # of the average
 
 
-def test_without_the_encoder_it_samples_and_says_why_it_has_no_bounds(exported):
+def test_without_the_encoder_it_samples_and_says_why_it_has_no_bounds(exported, loaded_alone):
     """bf16 and no encoder: the smallest folder. The prior of a conditional latent stays, sampling needs it."""
     trained, folder = exported["trained"], exported["folder"]
     export(trained, folder / "small", dtype="bf16")

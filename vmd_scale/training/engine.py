@@ -42,6 +42,11 @@ def resolve_precision(config: Config, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def fitting_micro_batch(most: int, global_batch: int, ranks: int) -> int | None:
+    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; None where none does."""
+    return next((size for size in range(most, 0, -1) if global_batch % (size * ranks) == 0), None)
+
+
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches that one rank computes in a step.
 
@@ -51,10 +56,8 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     rows, micro_batch = config.training.global_batch, config.training.micro_batch
     per_pass = micro_batch * world_size
     if rows % per_pass:
-        fitting = max((n for n in range(1, micro_batch) if rows % (n * world_size) == 0), default=None)
-        way_out = (
-            "take a number of ranks that divides it" if fitting is None else f"training.micro_batch={fitting} fits"
-        )
+        fitting = fitting_micro_batch(micro_batch, rows, world_size)
+        way_out = f"training.micro_batch={fitting} fits" if fitting else "take a number of ranks that divides it"
         raise UserError(
             f"training.global_batch ({rows}) must be a multiple of training.micro_batch ({micro_batch}) x the number "
             f"of ranks ({world_size}) = {per_pass}; {way_out}"

@@ -97,10 +97,8 @@ def files_of(path: Path, also: Sequence[str] = ()) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
         found = [p for p in inside if content_suffix(p) in (*RECORD_SUFFIXES, *also)]
         if not found:
-            raise UserError(
-                f"data.source: no {', '.join((*also, '.txt', '.jsonl', '.csv'))} or .parquet files in {path} "
-                "(also .xz, .gz, .zst)"
-            )
+            kinds = ", ".join(filter(None, (*also, *RECORD_SUFFIXES)))
+            raise UserError(f"data.source: no {kinds} files in {path} (also {', '.join(COMPRESSED)})")
         return found
     if not path.exists():
         raise UserError(f"data.source: no such file: {path}")

@@ -25,10 +25,7 @@ def lm1b(config: DataConfig, split: str) -> Iterator[Document]:
         folder = _benchmark_folder(Path(source.path))
         if folder is not None:
             return (Document(line) for shard in _shards(folder, split) for line in lines(shard))
-        log.warning(
-            "data.source %s does not have the layout of the LM1B archive: not the published splits",
-            source.path,
-        )
+        log.warning("data.source %s lacks the layout of the LM1B archive: not the published splits", source.path)
     # a file may have any name (news.en.heldout-00000-of-00050), so that its suffix says nothing
     if not source.on_hub and Path(source.path).is_file() and source.is_split:
         return map(Document, lines(Path(source.path)))
