@@ -1,10 +1,12 @@
 """The one exception that means: the input is wrong, not the program."""
 
+import atexit
 import functools
-import gc
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
@@ -21,24 +23,49 @@ class RunFailed(Exception):
     """The run cannot go on, though nothing is wrong with its input."""
 
 
+_teardown = True
+
+
+def end_without_teardown() -> None:
+    """From now on a program whose ``main`` is wrapped by `reports_user_errors` ends without the interpreter's teardown.
+
+    DeepSpeed never lets go of its process groups, and their threads can abort the teardown: the exit code is 134 then,
+    whatever it was to be.
+    """
+    global _teardown
+    _teardown = False
+
+
 def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap a launcher's ``main``: `UserError` becomes one line and exit code 2, `RunFailed` 1; Ctrl-C no traceback."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        message, code = "", 0
         try:
             main(*args, **kwargs)
-            return
+        except SystemExit as end:
+            if _teardown or isinstance(end.code, str):
+                raise
+            code = end.code or 0
         except UserError as error:
             message, code = f"error: {error}", USAGE_EXIT_CODE
         except RunFailed as error:
             message, code = f"error: {error}", FAILED_EXIT_CODE
         except KeyboardInterrupt:
             message, code = "interrupted; the same command goes on", INTERRUPTED_EXIT_CODE
-        # Out here the exception and its traceback are gone, and with them what they held: a process group that lives
-        # until the interpreter dies can abort it, with another exit code.
-        gc.collect()
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(code)
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        if not _teardown and main.__module__ == "__main__" and multiprocessing.parent_process() is None:
+            _end(code)
+        if code:  # else it simply returns
+            sys.exit(code)
 
     return wrapper
+
+
+def _end(code: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

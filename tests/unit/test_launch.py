@@ -161,6 +161,44 @@ def test_what_is_a_launcher(command, is_one):
     assert is_launcher([word.replace("\0", " ") for word in command.split()]) == is_one
 
 
+@pytest.mark.parametrize(
+    ("last", "code"), [("return", 0), ("sys.exit(75)", 75), ("raise UserError('the last layer is missing')", 2)]
+)
+def test_a_program_that_has_joined_a_world_ends_with_its_own_exit_code_come_what_may(tmp_path, last, code):
+    """DeepSpeed's process groups outlive all of Python, and what they do then must not count; exit functions do."""
+    program = f"""
+import atexit, os, sys
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.training.launch import join_world, leave_world
+
+class AbortsTheTeardown:
+    def __init__(self, abort):
+        self.abort = abort
+    def __del__(self):
+        self.abort()
+
+kept = AbortsTheTeardown(os.abort)
+atexit.register(print, "goodbye")
+
+@reports_user_errors
+def main():
+    join_world()
+    leave_world()
+    {last}
+
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *STEP):
+        environment.pop(name, None)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout == "goodbye\n"
+    assert ("error: the last layer is missing" in ended.stderr) == (code == 2)
+
+
 def test_a_time_that_is_none_is_refused(environment, tmp_path):
     environment({"VMD_STOP_AT": "noon"})
     with pytest.raises(UserError, match="VMD_STOP_AT must be a unix time, found 'noon'"):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.errors import RunFailed, UserError, end_without_teardown
 from vmd_scale.training.orphans import launchers_above
 
 if not torch.cuda.is_available():
@@ -124,6 +124,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    end_without_teardown()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls by DeepSpeed
     beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
     built = Path(sys.prefix) / "torch_extensions"  # DeepSpeed's CPU op, compiled by `make setup`
@@ -150,8 +151,10 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
 
 def leave_world() -> None:
     """Undo `join_world`, so that this process, or one that it starts, can join another world."""
+    import deepspeed.comm
+
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # which also lets DeepSpeed forget groups of this world
     for key in _added:
         os.environ.pop(key, None)
     _added.clear()
