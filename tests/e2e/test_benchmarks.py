@@ -130,7 +130,8 @@ def little_data(tmp_path_factory):
         solution = SOLUTION.translate(str.maketrans("123456789", "".join(choice.sample("123456789", 9))))
         return "".join(digit if choice.random() < 0.6 else "0" for digit in solution) + f",{solution}"
 
-    write("openwebtext/openwebtext_1000docs.jsonl.xz", (json.dumps({"text": words(400)}) for _ in range(60)))
+    for corpus in ("wiki/wiki2019_docs.jsonl.xz", "openwebtext/openwebtext_1000docs.jsonl.xz"):
+        write(corpus, (json.dumps({"text": words(400)}) for _ in range(60)))
     write("zero_shot/ag_news_test.csv.xz", (f'"{n % 4 + 1}","{words(2)}","{words(3)}"' for n in range(5640)))
     write("sudoku/expert.csv.xz", (puzzle() for _ in range(100)))
     write("sudoku/kids.csv.xz", (puzzle() for _ in range(2140)))
@@ -146,7 +147,7 @@ from pathlib import Path
 sys.path.insert(0, "benchmarks")
 import finetune
 
-finetune.RUNS, finetune.LABELLED = Path({str(tmp_path)!r}), (200,)
+finetune.RUNS, finetune.LABELLED, finetune.RATES = Path({str(tmp_path)!r}), (200,), (1e-3,)
 finetune.STARTS = {{name: finetune.STARTS[name] for name in {starts!r} if name in finetune.STARTS}}
 finetune.main()
 """

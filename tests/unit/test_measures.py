@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tiny_models import tiny_model
 from torch import nn
@@ -19,6 +20,7 @@ from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler
+from vmd_scale.report.figures import STYLE
 from vmd_scale.reproduction import figures, measures
 from vmd_scale.reproduction.task import Model, Row, Sizes
 
@@ -259,12 +261,18 @@ def row(**changes):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Curves of the picture that was drawn last: {label: [(x, y)]}."""
+    """Curves of the picture that was drawn last: {label: [(x, y)]}. Its axes bear numbers."""
     curves = {}
 
-    def draw_png(draw):
+    def draw_png(draw, height):
         figure = Figure()
-        draw(figure)
+        with rc_context(STYLE):
+            draw(figure)
+            figure.draw_without_rendering()
+        axes = figure.axes[0]
+        labels = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        assert all(float(label.replace("\N{MINUS SIGN}", "-")) is not None for label in labels if label)
+        assert any(labels)
         curves.clear()
         for container in figure.axes[0].containers:
             curves[container.get_label()] = list(zip(*container.lines[0].get_data(), strict=True))

@@ -25,6 +25,7 @@ from vmd_scale.reproduction.task import Measurement
 from vmd_scale.reproduction.tasks import TASKS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RESULTS = CONFIGS.parent / "docs" / "results"
 
 
 def test_samples_of_the_data_have_no_divergence_and_unigrams_that_of_their_product():
@@ -182,3 +183,17 @@ def test_a_published_figure_stands_only_where_it_was_measured():
     easier = rows_of(task, [replace(job, fast=True)], [runs.Measured(tuple(measured), "2026-01-01", "two cores")])
     assert [row.published for row in easier] == [None] * 4  # of puzzles with more clues
     assert all(row.std is None for row in rows)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if (RESULTS / f"{name}.json").is_file()])
+def test_the_results_in_the_repository_are_of_its_tasks(name):
+    """Of the methods, data and lengths of training that tasks and configurations name today."""
+    rows, page = json.loads((RESULTS / f"{name}.json").read_text()), (RESULTS / f"{name}.md").read_text()
+    wanted = jobs(name, fast=rows[0]["scaled_down"])
+    assert {(r["variant"], r["method"], r["objective"], r["blocks"]) for r in rows} == {
+        (job.variant, job.method, job.config.diffusion.objective, job.config.groups) for job in wanted
+    }
+    for job in wanted:
+        assert f"| {job.method} | {job.config.groups} |" in page
+        assert f"| {job.config.training.steps:,} |" in page
+    assert "## Goals" in page
