@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -41,11 +40,12 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        is_program = sys._getframe(1).f_back is None  # not called by another, which goes on
         message, code = "", 0
         try:
             main(*args, **kwargs)
         except SystemExit as end:
-            if _teardown or isinstance(end.code, str):
+            if _teardown or not is_program or isinstance(end.code, str):
                 raise
             code = end.code or 0
         except UserError as error:
@@ -56,9 +56,9 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
             message, code = "interrupted; the same command goes on", INTERRUPTED_EXIT_CODE
         if message:
             print(message, file=sys.stderr, flush=True)
-        if not _teardown and main.__module__ == "__main__" and multiprocessing.parent_process() is None:
+        if is_program and not _teardown:
             _end(code)
-        if code:  # else it simply returns
+        if code:
             sys.exit(code)
 
     return wrapper

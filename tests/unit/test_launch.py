@@ -165,11 +165,26 @@ def test_what_is_a_launcher(command, is_one):
     ("last", "code"), [("return", 0), ("sys.exit(75)", 75), ("raise UserError('the last layer is missing')", 2)]
 )
 def test_a_program_that_has_joined_a_world_ends_with_its_own_exit_code_come_what_may(tmp_path, last, code):
-    """DeepSpeed's process groups outlive all of Python, and what they do then must not count; exit functions do."""
+    """DeepSpeed's process groups outlive all of Python, and what they do then must not count; exit functions do.
+
+    A program that calls it as a function goes on.
+    """
     program = f"""
 import atexit, os, sys
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.training.launch import join_world, leave_world
+
+@reports_user_errors
+def called_by_another():
+    {last}
+
+def call():
+    join_world()
+    try:
+        called_by_another()
+    except SystemExit:
+        pass
+    leave_world()
 
 class AbortsTheTeardown:
     def __init__(self, abort):
@@ -186,6 +201,7 @@ def main():
     leave_world()
     {last}
 
+call()
 main()
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
