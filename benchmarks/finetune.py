@@ -97,16 +97,22 @@ def ag_news(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:
             (folder / f"{name}-{count}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         source = ",".join(f"{name}={folder / f'{name}-{count}.jsonl'}" for name in ("train", "validation", "test"))
         for start, options in STARTS.items():
-            tried = {}
-            for rate in RATES:
-                run = folder / f"{start}-{count}-{rate:g}"
-                tune(run, folder, ("--corpus", "labels", "--source", source, *options), 300, scale, 32, rate)
-                tried[rate] = {part["split"]: part for part in json.loads((run / "classification.json").read_text())}
-            best = max(tried, key=lambda rate: tried[rate]["validation"]["accuracy"])
-            keys = ("accuracy", "standard_error", "label_nll", "rows")
-            found = {key: tried[best]["test"][key] for key in keys}
-            results.append({"labelled": count, "start": start, "learning_rate": best, **found})
+            options = ("--corpus", "labels", "--source", source, *options)
+            found = classified(folder, f"{start}-{count}", options, scale)
+            results.append({"labelled": count, "start": start, **found})
     return results
+
+
+def classified(folder: Path, name: str, options: Sequence[object], scale: float) -> dict[str, object]:
+    """On test, with the learning rate that is best on validation."""
+    tried = {}
+    for rate in RATES:
+        run = folder / f"{name}-{rate:g}"
+        tune(run, folder, options, 300, scale, 32, rate)
+        tried[rate] = {part["split"]: part for part in json.loads((run / "classification.json").read_text())}
+    best = max(tried, key=lambda rate: tried[rate]["validation"]["accuracy"])
+    keys = ("accuracy", "standard_error", "label_nll", "rows")
+    return {"learning_rate": best, **{key: tried[best]["test"][key] for key in keys}}
 
 
 def sudoku(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:

@@ -22,32 +22,21 @@ class RunFailed(Exception):
     """The run cannot go on, though nothing is wrong with its input."""
 
 
-_teardown = True
-
-
-def end_without_teardown() -> None:
-    """From now on a program whose ``main`` is wrapped by `reports_user_errors` ends without the interpreter's teardown.
-
-    DeepSpeed never lets go of its process groups, and their threads can abort the teardown: the exit code is 134 then,
-    whatever it was to be.
-    """
-    global _teardown
-    _teardown = False
-
-
 def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a launcher's ``main``: `UserError` becomes one line and exit code 2, `RunFailed` 1; Ctrl-C no traceback."""
+    """Wrap a launcher's ``main``: `UserError` becomes one line and exit code 2, `RunFailed` 1; Ctrl-C no traceback.
+
+    A program that has used DeepSpeed ends here, without the interpreter's teardown: DeepSpeed never lets go of its
+    process groups, and their threads can abort the teardown with exit code 134, whatever it was to be.
+    """
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         is_program = sys._getframe(1).f_back is None  # not called by another, which goes on
-        message, code = "", 0
+        message, code = "", None
         try:
             main(*args, **kwargs)
         except SystemExit as end:
-            if _teardown or not is_program or isinstance(end.code, str):
-                raise
-            code = end.code or 0
+            code = end.code
         except UserError as error:
             message, code = f"error: {error}", USAGE_EXIT_CODE
         except RunFailed as error:
@@ -56,9 +45,9 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
             message, code = "interrupted; the same command goes on", INTERRUPTED_EXIT_CODE
         if message:
             print(message, file=sys.stderr, flush=True)
-        if is_program and not _teardown:
-            _end(code)
-        if code:
+        if is_program and "deepspeed" in sys.modules and not isinstance(code, str):
+            _end(code or 0)
+        if code is not None:
             sys.exit(code)
 
     return wrapper

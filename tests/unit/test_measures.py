@@ -271,8 +271,7 @@ def drawn(monkeypatch):
             figure.draw_without_rendering()
         axes = figure.axes[0]
         labels = [label.get_text() for label in (*axes.get_xticklabels(), *axes.get_yticklabels())]
-        assert all(float(label.replace("\N{MINUS SIGN}", "-")) is not None for label in labels if label)
-        assert any(labels)
+        assert [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels if label]
         curves.clear()
         for container in figure.axes[0].containers:
             curves[container.get_label()] = list(zip(*container.lines[0].get_data(), strict=True))

@@ -42,7 +42,9 @@ def against_steps(metric: str, label: str) -> Plot:
 
 def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, steps: bool) -> bool:
     """A color for each method, a kind of line for each number of blocks."""
-    methods, numbers = (list(dict.fromkeys(key)) for key in zip(*curves, strict=True)) if curves else ([], [])
+    if not curves:
+        return False
+    methods, numbers = (list(dict.fromkeys(key)) for key in zip(*curves, strict=True))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -63,6 +65,5 @@ def _save(curves: Curves, output: Path, xlabel: str, ylabel: str, steps: bool) -
         axes.set(xlabel=xlabel, ylabel=ylabel)
         figure.legend(loc="outside upper left", ncols=2, frameon=False)
 
-    if curves:
-        write_atomically(output, draw_png(draw, HEIGHT + 0.1 * len(curves)))
-    return bool(curves)
+    write_atomically(output, draw_png(draw, HEIGHT + 0.1 * len(curves)))
+    return True

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from vmd_scale.errors import RunFailed, UserError, end_without_teardown
+from vmd_scale.errors import RunFailed, UserError
 from vmd_scale.training.orphans import launchers_above
 
 if not torch.cuda.is_available():
@@ -124,7 +124,6 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    end_without_teardown()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls by DeepSpeed
     beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
     built = Path(sys.prefix) / "torch_extensions"  # DeepSpeed's CPU op, compiled by `make setup`
