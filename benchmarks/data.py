@@ -10,6 +10,7 @@ compared with `datasets` (Arrow) and with MosaicML Streaming (pip install mosaic
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -248,7 +249,8 @@ def measure_reading(shards: Path, args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {name: statistics.median(values) for name, values in speeds.items()}
     result["times_the_faster_of_the_others"] = result["ours"] / max(v for name, v in result.items() if name != "ours")
     result.setdefault("mosaicml_streaming", "left out: not installed")
-    return {"rows": rows, "row_length": ROW_LENGTH, "batch": BATCH, "rows_per_second": result}
+    versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in sides if name != "ours"}
+    return {"rows": rows, "row_length": ROW_LENGTH, "batch": BATCH, "rows_per_second": result, "versions": versions}
 
 
 # The global order
@@ -329,8 +331,9 @@ def prepare_table(cases: list[dict[str, Any]]) -> str:
 
 
 def read_table(found: dict[str, Any]) -> str:
-    speeds = found["rows_per_second"]
-    return table((f"random batches of {found['batch']} x {found['row_length']} tokens", "rows/s"), speeds.items())
+    speeds, versions = found["rows_per_second"], found["versions"]
+    rows = [(f"{name} {versions.get(name, '')}".rstrip(), speed) for name, speed in speeds.items()]
+    return table((f"random batches of {found['batch']} x {found['row_length']} tokens", "rows/s"), rows)
 
 
 def order_table(cases: list[dict[str, Any]]) -> str:
