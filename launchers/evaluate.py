@@ -34,10 +34,11 @@ from vmd_scale.diffusion.paths import LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.evaluation.generation import evaluate_generation, generation_table
-from vmd_scale.evaluation.judges import load_judge, parse_judge
+from vmd_scale.evaluation.judges import NGramJudge, load_judge, parse_judge
 from vmd_scale.evaluation.latent import latent_usage
 from vmd_scale.evaluation.perplexity import Ranks, Request, Result, evaluate
 from vmd_scale.evaluation.protocols import PROTOCOLS, ZERO_SHOT, get_protocol
+from vmd_scale.evaluation.published import generative_figures
 from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
@@ -218,7 +219,9 @@ def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say:
     judge = load_judge(args.judge, shards, trained.tokenizer, next(trained.model.parameters()).device, cache)
     results = evaluate_generation(trained, samplers, judge, reader, args.count, args.seed, args.micro_batch, ranks)
     say(generation_table(results))
-    return [result.to_dict() for result in results]
+    if not isinstance(judge, NGramJudge) and PROTOCOLS["lm1b_packed"].fits(reader.manifest):
+        say(generative_figures())
+    return [replace(result, checkpoint=checkpoint_id(trained.checkpoint)).to_dict() for result in results]
 
 
 def check_reader(reader: ShardReader, trained: TrainedModel) -> None:

@@ -21,7 +21,7 @@ from vmd_scale.data.manifest import read_manifest
 from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import verify_folder
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.files import write_atomically
+from vmd_scale.files import check_writable, write_atomically
 
 
 @reports_user_errors
@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with inspect: draw the lengths of the documents")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_writable(args.json, "--json")
+    check_writable(args.plot, "--plot")
 
     if args.action == "prepare":
         if args.folder or not args.config:

@@ -88,7 +88,7 @@ def main() -> None:
             for row in sample(trained.model, sampler, Noise(args.seed), some, *given_rows(prompt, some, a)).tolist()
         ]
         texts = [trained.tokenizer.decode(until_end(row, len(prompt), trained.tokenizer.end_id)) for row in rows]
-        drawn = {**asdict(sampler), "steps": name, "seed": args.seed}
+        drawn = {**asdict(sampler), "steps": name, "seed": args.seed, "weights": trained.weights, "step": trained.step}
         if args.prompt:
             drawn["prompt"] = args.prompt
         records.append({**drawn, "texts": texts})

@@ -147,6 +147,8 @@ def test_every_result_carries_its_fine_print(evaluated):
         (("--protocol", "generation", "--count", "1"), "--count 1, --micro-batch 64: at least 2 and 1"),
         (("--protocol", "zero_shot"), "needs --source SET=FILE"),
         (("--until-error", "0"), "--until-error 0: must be greater than 0"),
+        (("--micro-batch", "0"), "--micro-batch 0: must be at least 1"),
+        (("--seed", "-1"), "seed -1: allowed: 0 to 2^63 - 1"),
     ],
 )
 def test_wrong_options(call, run, arguments, message):

@@ -259,7 +259,22 @@ def test_text_records_and_their_splits(suffix: str, tmp_path: Path) -> None:
     assert texts(mapped, "test") == records[25:]
 
 
+def test_of_a_folder_files_without_a_suffix_are_text_only_where_there_is_no_other(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("permission is granted\n")
+    assert texts(data("text", {"train": str(tmp_path)}), "train") == ["permission is granted"]
+    write_records(tmp_path / "a.jsonl", ["a record"])
+    assert texts(data("text", {"train": str(tmp_path)}), "train") == ["a record"]
+
+
 # ---------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize("column", ["n", "raw"])
+def test_a_parquet_column_that_is_not_text_is_named(column: str, tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2], "raw": [b"a", b"b"]}), tmp_path / "a.parquet")
+    config = data("text", {"train": str(tmp_path / "a.parquet")}, text_column=column)
+    with pytest.raises(UserError, match=rf'a\.parquet: column "{column}" is (int64|binary), expected string'):
+        texts(config, "train")
 
 
 @pytest.mark.parametrize("name", ["text8", "lm1b", "openwebtext", "text", "sudoku"])

@@ -8,7 +8,7 @@ import pytest
 from vmd_scale.config import DataConfig
 from vmd_scale.data import remote
 from vmd_scale.data.corpora import SPLITS, available_splits, documents
-from vmd_scale.data.prepare import prepare
+from vmd_scale.data.prepare import prepare, prepare_all
 from vmd_scale.data.shards import verify_folder
 from vmd_scale.errors import RunFailed, UserError
 
@@ -114,6 +114,22 @@ def test_a_broken_stream_is_read_on_where_it_broke(
     assert not hub.trouble
     assert caplog.text.count("trying again") == 6
     verify_folder(tmp_path / "b")
+
+
+def test_what_is_prepared_needs_no_hub_any_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Prepared where there is a network, trained where there is none."""
+    hub = Hub(monkeypatch, train=[f"document {'abc'[n % 3]} of many" for n in range(200)])
+    config = data("text", normalizer="text8", shards=str(tmp_path))
+    some = prepare(config, ["train", "validation"], progress=False)
+    hub.trouble, asked = [(-1, ConnectionError("no network"))] * 99, len(hub.asked)
+    for manifests in (
+        prepare_all(config, progress=False, enough=["train", "validation"]),
+        prepare_all(config, ["train"], progress=False),
+    ):
+        assert manifests == {str(tmp_path): some}
+    assert len(hub.asked) == asked
+    with pytest.raises(RunFailed, match="no network"):
+        prepare_all(config, progress=False, enough=["train", "test"])
 
 
 def test_a_hub_that_stays_away_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

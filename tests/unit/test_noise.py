@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd_scale.diffusion.noise import Noise, Stream, philox
+from vmd_scale.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,9 @@ def test_integer_is_one_of_the_stream():
     assert all(isinstance(v, int) and 0 <= v < 2**52 for v in values)
     u = Noise(1).uniform(Stream.SAMPLE_TOKEN, 1, np.array([1]), (1,)).item()
     assert abs(values[-1] / 2**52 - u) < 2**-51
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(UserError, match=f"seed {seed}: allowed"):
+        Noise(seed)

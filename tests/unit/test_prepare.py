@@ -1,5 +1,6 @@
 """A corpus becomes shards: the same ones whatever the number of workers, in bounded memory, or one clear error."""
 
+import errno
 import json
 import logging
 import math
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from preparations import ROOT, Pipe, data, files, finished_shards, launch, until, write_text
 
-from vmd_scale.data import encode
+from vmd_scale.data import encode, shards
+from vmd_scale.data.manifest import FileRecord
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import ShardReader, verify_folder
@@ -54,6 +56,52 @@ def test_other_settings_never_overwrite_unless_forced(tmp_path: Path) -> None:
     assert prepare(other, progress=False, force=True).row_length == 32
     assert (tmp_path / "shards" / "notes.txt").read_text() == "mine"
     verify_folder(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_a_full_disk_is_one_clear_error_and_the_next_call_goes_on(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 32)
+    write_text(tmp_path, 1000)
+    whole = prepare(data(tmp_path, shards=str(tmp_path / "whole")), progress=False)
+    write, written = shards._HashedFile.write, []
+
+    def fill(self: shards._HashedFile, content: memoryview) -> None:
+        if len(written) == finished:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, content)
+
+    def finish(self: shards._HashedFile) -> FileRecord:
+        written.append(self)
+        return whole_finish(self)
+
+    whole_finish = shards._HashedFile.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(shards._HashedFile, "write", fill)
+        patch.setattr(shards._HashedFile, "finish", finish)
+        with pytest.raises(UserError, match=r"data\.shards '.*shards': .*No space left on device"):
+            prepare(data(tmp_path), progress=False)
+    assert bool(list(tmp_path.glob("shards/train-*.tokens"))) is bool(finished)
+    assert prepare(data(tmp_path), progress=False) == whole
+    assert files(tmp_path / "shards") == files(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    write_text(tmp_path, 100)
+    with pytest.raises(UserError, match=r"data\.shards '.*text\.txt/shards': .*Not a directory"):
+        prepare(data(tmp_path, shards=str(tmp_path / "text.txt" / "shards")), progress=False)
+
+
+def test_figures_of_other_texts_do_not_compare(tmp_path: Path) -> None:
+    """The same text does, wherever it lies and however it was cut into shards."""
+    write_text(tmp_path, 300)
+    first = prepare(data(tmp_path), progress=False)
+    again = prepare(data(tmp_path, shards=str(tmp_path / "again"), shard_tokens=64), progress=False)
+    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text().replace("a", "o"))
+    other = prepare(data(tmp_path, shards=str(tmp_path / "other")), progress=False)
+    assert first.described("train") == again.described("train") != other.described("train")
+    assert first.described("train") != first.described("validation")
 
 
 def test_two_writers(tmp_path: Path) -> None:

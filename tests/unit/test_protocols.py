@@ -98,6 +98,13 @@ def test_another_text_of_the_same_length_is_not_the_published_one() -> None:
     assert get_protocol("rows").caveat(text8, "test") is None
 
 
+@pytest.mark.parametrize("name", ["lm1b_packed", "zero_shot/lm1b"])
+def test_one_file_of_lm1b_held_out_is_published_and_so_are_all_fifty(name: str) -> None:
+    for documents, is_published in ((6_075, True), (306_688, True), (12, False)):
+        manifest = manifest_of(name, splits={"test": split_record(documents=documents)})
+        assert (get_protocol(name).caveat(manifest, "test") is None) is is_published
+
+
 def test_empty_documents_are_of_the_published_number() -> None:
     record = split_record(documents=6_070, skipped_documents=5)
     assert get_protocol("lm1b_packed").caveat(manifest_of("lm1b_packed", splits={"test": record}), "test") is None

@@ -240,6 +240,41 @@ def test_different_tokenizers_have_different_fingerprints() -> None:
     assert len({load_tokenizer(name).fingerprint for name in names}) == len(names)
 
 
+def word_piece(vocab: dict[str, int], **normalizer: object) -> str:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="u"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(**normalizer)
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (word_piece({"u": 0, "a": 1}), word_piece({"z": 0, "a": 1})),
+        (word_piece({"u": 0}, lowercase=True, strip_accents=None), word_piece({"u": 0}, strip_accents=False)),
+    ],
+)
+def test_whatever_gives_other_ids_gives_another_fingerprint(one: str, other: str, tmp_path: Path) -> None:
+    """The entry of id 0; accents that are kept, where lower case alone would strip them."""
+    found = []
+    for name, serialized in (("one", one), ("other", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(serialized)
+        found.append(load_tokenizer(str(tmp_path / name)).fingerprint)
+    assert found[0] != found[1]
+
+
+def test_a_token_that_text_can_spell_is_not_one_that_it_cannot(tmp_path: Path) -> None:
+    found = {}
+    for special in (True, False):
+        tokenizer = tokenizers.Tokenizer.from_str(word_piece({"u": 0, "a": 1}))
+        token = tokenizers.AddedToken("<x>", special=special)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+        found[special] = load_tokenizer(str(tmp_path))
+    assert found[True].encode("<x>").tolist() != found[False].encode("<x>").tolist()
+    assert found[True].fingerprint != found[False].fingerprint
+
+
 @needs_assets
 def test_ambiguous_folder() -> None:
     with pytest.raises(UserError, match="several tokenizers"):

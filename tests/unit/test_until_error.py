@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vmd_scale.errors import UserError
 from vmd_scale.evaluation import perplexity
 from vmd_scale.evaluation.perplexity import PILOT, Ranks, Request, mean_and_error
 from vmd_scale.evaluation.protocols import get_protocol
@@ -48,6 +49,11 @@ def test_where_all_rows_are_needed_the_pilot_is_one_of_them(score_until):
     nats = np.random.default_rng(1).normal(20, 4, ROWS)
     found, _, _ = score_until(nats, 0.001)
     assert np.array_equal(found, nats)
+
+
+def test_a_pilot_that_is_not_finite_is_an_error(score_until):
+    with pytest.raises(UserError, match="not finite"):
+        score_until(np.full(ROWS, np.nan), 0.1)
 
 
 def test_what_is_reported_has_no_bias(score_until):

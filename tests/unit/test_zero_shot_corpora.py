@@ -50,11 +50,28 @@ def test_news_are_title_and_description(tmp_path: Path) -> None:
         texts(config, "test")
 
 
-def test_a_field_without_end_is_named(tmp_path: Path) -> None:
+def test_a_long_field_is_read_and_one_without_end_is_named(tmp_path: Path) -> None:
     path = tmp_path / "news.csv"
     path.write_text('"1","a","b"\n"1","' + "a" * 200_000 + '","b"\n')
-    with pytest.raises(UserError, match=r"news\.csv, after record 1: field larger"):
+    assert texts(data("ag_news", {"test": str(path)}), "test") == ["a b", "a" * 200_000 + " b"]
+    path.write_text('"1","a","b"\n"1","never closed\n"1","c","d\n')
+    with pytest.raises(UserError, match=r"news\.csv, after record 1: "):
         texts(data("ag_news", {"test": str(path)}), "test")
+
+
+def test_blank_records_of_wikitext_are_no_documents_wherever_they_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    records = ["", " = A = \n", "", " text \n"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": records}), tmp_path / "raw.parquet")
+    (tmp_path / "raw.txt").write_text("\n = A = \n\n text \n")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *name: ["train", "validation", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split, streaming: ({"text": r} for r in records))
+    for source in ({"validation": str(tmp_path / f"raw{kind}")} for kind in (".parquet", ".txt")):
+        assert texts(data("wikitext", source, normalizer="none"), "validation") == records[1::2]
+    assert texts(data("wikitext", "hf:wikitext:raw", normalizer="none"), "validation") == records[1::2]
 
 
 @pytest.mark.parametrize(("corpus", "column"), [("ptb", "sentence"), ("arxiv", "article"), ("pubmed", "article")])

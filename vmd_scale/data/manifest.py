@@ -1,7 +1,7 @@
 """``manifest.json``: what a folder of shards holds, how it was made, and whether it fits a configuration."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,13 +79,13 @@ class Manifest(Record):
             raise ValueError(f"dtype {self.dtype} is too small for a vocabulary of {self.vocab_size} and the mask")
         return self
 
-    @property
-    def summary(self) -> str:
-        """What must be the same in two folders for their figures to compare: all but the source."""
-        specials = ", row specials" if self.row_specials else ""
+    def described(self, split: str) -> str:
+        """What must be the same in two folders for figures of a split to compare: how rows were made, and of what."""
+        record, specials = self.splits[split], ", row specials" if self.row_specials else ""
         return (
             f"{self.corpus}, normalizer {self.normalizer}, tokenizer {self.tokenizer_fingerprint[:12]} of "
-            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}"
+            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}, {record.rows} rows, "
+            f"{record.counted_tokens} tokens, unigram entropy {record.unigram_entropy:.6f}"
         )
 
     def content(self, split: str) -> dict[str, float]:
@@ -134,9 +134,13 @@ def read_manifest(folder: str | Path) -> Manifest:
     return parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
 
 
-def contents_of(data: DataConfig) -> list[dict[str, dict[str, float]]]:
+def manifests_of(data: DataConfig) -> list[Manifest]:
+    """Of each corpus. Raises as `read_manifest`."""
+    return [read_manifest(each.shards) for each in data.corpora()]
+
+
+def contents_of(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, float]]]:
     """Of each corpus, by split, what a run is made of: all are trained on, the first is validated on as well."""
-    manifests = [read_manifest(each.shards) for each in data.corpora()]
     found = [{"train": manifest.content("train")} for manifest in manifests]
     if "validation" in manifests[0].splits:
         found[0]["validation"] = manifests[0].content("validation")

@@ -5,6 +5,7 @@ for ever; within a corpus its rows come in the `SampleOrder` of their own. So th
 position, corpora of different sizes go through their epochs independently, and the cursor of a run is one integer.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,13 +14,14 @@ import numpy as np
 
 from vmd_scale.config import DataConfig
 from vmd_scale.data.loader import RowOrder
-from vmd_scale.data.manifest import Manifest
+from vmd_scale.data.manifest import Manifest, manifests_of
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.errors import UserError
 
 PERIOD = 10_000
+log = logging.getLogger(__name__)
 
 
 class MixtureOrder:
@@ -84,15 +86,23 @@ class MixtureReader:
         return tokens, roles
 
 
-def training_rows(data: DataConfig, seed: int) -> tuple["ShardReader | MixtureReader", RowOrder]:
+def training_rows(
+    data: DataConfig, seed: int, manifests: Sequence[Manifest] | None = None
+) -> tuple["ShardReader | MixtureReader", RowOrder]:
     """The rows that a run is trained on, and their order.
+
+    Args:
+        manifests: of each corpus; null reads them. Sizes of files are compared when they are mapped, not here.
 
     Raises:
         UserError: see `ShardReader` and `MixtureOrder`.
     """
     corpora = data.corpora()
     cache, sharing = shard_cache(data), len(corpora)
-    readers = [ShardReader(each.shards, "train", cache=cache, sharing=sharing) for each in corpora]
+    readers = [
+        ShardReader(each.shards, "train", manifest, check_sizes=False, cache=cache, sharing=sharing)
+        for each, manifest in zip(corpora, manifests or manifests_of(data), strict=True)
+    ]
     if len(readers) == 1:
         return readers[0], SampleOrder(readers[0].rows, seed)
     order = MixtureOrder([reader.rows for reader in readers], [each.weight for each in corpora], seed)
@@ -114,6 +124,7 @@ def quotas_of(weights: Sequence[float]) -> list[int]:
         raise UserError(
             f"data.mixture: weight {weights[quotas.index(0)]} is less than 1/{PERIOD} of the sum of all weights"
         )
+    log.info("data.mixture: shares are rounded, of %d rows the corpora have %s", PERIOD, quotas)
     return quotas
 
 

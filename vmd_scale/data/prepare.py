@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -43,13 +44,19 @@ LOCK = ".lock"
 
 
 def prepare(
-    config: DataConfig, splits: Sequence[str] | None = None, progress: bool = True, force: bool = False
+    config: DataConfig,
+    splits: Sequence[str] | None = None,
+    progress: bool = True,
+    force: bool = False,
+    enough: Sequence[str] | None = None,
 ) -> Manifest:
     """Write the shards of `splits` (null: all that the corpus has) into data.shards; what is there already is kept.
 
     Args:
         progress: show a bar on stderr.
         force: throw away what the folder holds and start again.
+        enough: in a finished folder that has these splits, nothing is missing. By default `splits`. The corpus itself
+            is not asked then: it may be out of reach where there is no network.
 
     Raises:
         UserError: anything wrong with the configuration or the source; a folder that holds shards made with other
@@ -60,13 +67,14 @@ def prepare(
     check_packing(config, tokenizer)
     if is_remote(config.shards):
         return _prepared_remotely(config, tokenizer, splits, force)
-    wanted = _wanted_splits(config, splits)
     folder = Path(config.shards)
     if not force and (folder / MANIFEST).is_file() and not (folder / PARTIAL).is_file():
         finished = _started(folder, config, tokenizer)
-        if all(split in finished.splits for split in wanted):  # reading needs no lock: several runs may start at once
-            log.info("%s: nothing to do, %s already prepared", folder, ", ".join(wanted))
+        needed = enough or splits or _wanted_splits(config, splits)
+        if all(split in finished.splits for split in needed):  # reading needs no lock: several runs may start at once
+            log.info("%s: nothing to do, %s already prepared", folder, ", ".join(needed))
             return finished
+    wanted = _wanted_splits(config, splits)
     with _made_and_locked(folder):
         if force:
             for split in wanted:
@@ -79,7 +87,7 @@ def prepare(
         for split in todo:
             try:
                 record = _prepare_split(config, split, tokenizer, manifest, progress)
-            except (UserError, RunFailed):
+            except (UserError, RunFailed, OSError):
                 if not progress_file(folder, split).exists():  # else the next preparation goes on from there
                     remove_files(folder, split)
                 raise
@@ -93,11 +101,15 @@ def prepare(
 
 
 def prepare_all(
-    data: DataConfig, splits: Sequence[str] | None = None, progress: bool = True, force: bool = False
+    data: DataConfig,
+    splits: Sequence[str] | None = None,
+    progress: bool = True,
+    force: bool = False,
+    enough: Sequence[str] | None = None,
 ) -> dict[str, Manifest]:
     """`prepare` the corpus and those of its mixture, of which only the training split is used. Manifests by folder."""
     first, *more = data.corpora()
-    manifests = {first.shards: prepare(first, splits, progress, force)}
+    manifests = {first.shards: prepare(first, splits, progress, force, enough)}
     return manifests | {each.shards: prepare(each, ["train"], progress, force) for each in more}
 
 
@@ -129,23 +141,31 @@ def _wanted_splits(config: DataConfig, splits: Sequence[str] | None) -> tuple[st
 def _made_and_locked(folder: Path) -> Iterator[None]:
     """The folder is there, and ours alone; if it was made for input that turns out to be bad, it goes again.
 
-    The kernel lets go of the lock when its holder dies, however it dies.
+    The kernel lets go of the lock when its holder dies, however it dies. What the file system refuses (no room, no
+    permission) is an error that names the folder.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"data.shards {str(folder)!r}: another process is preparing shards there") from None
-        try:
-            yield
-        except UserError:
-            if made and all(path.name == LOCK for path in folder.iterdir()):
-                (folder / LOCK).unlink(missing_ok=True)
-                for path in made:
-                    path.rmdir()
-            raise
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "w") as file:
+            _lock(file, folder)
+            try:
+                yield
+            except UserError:
+                if made and all(path.name == LOCK for path in folder.iterdir()):
+                    (folder / LOCK).unlink(missing_ok=True)
+                    for path in made:
+                        path.rmdir()
+                raise
+    except OSError as error:
+        raise UserError(f"data.shards {str(folder)!r}: {error}") from None
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"data.shards {str(folder)!r}: another process is preparing shards there") from None
 
 
 def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest:

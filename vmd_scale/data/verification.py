@@ -33,7 +33,7 @@ def verify_share(folder: str | Path, splits: Sequence[str], rank: int, world_siz
                 if known.get(file.name) != stamp:
                     reader.verify([file])
                 good[file.name] = stamp
-    except (UserError, RunFailed) as error:
+    except (UserError, RunFailed, OSError) as error:
         return str(error), {}
     return None, good
 

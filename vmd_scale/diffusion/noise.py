@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmd_scale.errors import UserError
+
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], dtype=np.uint64)
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -79,9 +81,13 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Noise:
-    """All the noise of one seed (0 <= seed < 2**63)."""
+    """All the noise of one seed (0 <= seed < 2**63, else `UserError`)."""
 
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed}: allowed: 0 to 2^63 - 1")
 
     def uniform(self, stream: Stream, step: int, rows: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Uniform in the open interval (0, 1), float64 [len(rows), *shape].

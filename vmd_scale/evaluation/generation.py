@@ -46,8 +46,11 @@ class GenerationResult:
     step: int
     seed: int
     row_length: int
+    split: str  # that real text is of
+    data: str  # see `Manifest.described`
     changes: str = ""  # what the sampler does for quality's sake, such as a temperature
     mauve: float | None = None
+    checkpoint: str | None = None  # `checkpoint_id` of what was sampled
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,7 +76,8 @@ def evaluate_generation(
     text_end = end_of_text(trained.tokenizer)
     real = real_samples(reader, count, trained.tokenizer)
     reference = _features(judge, real, ranks)
-    results = [_result(trained, None, judge, real, seed, ranks, reference)]
+    of = {"split": reader.split, "data": reader.manifest.described(reader.split)}
+    results = [_result(trained, None, judge, real, seed, ranks, reference, of)]
     for sampler in samplers:
         mine = torch.arange(count)[ranks.rank :: ranks.size]
         rows: dict[int, list[int]] = {}
@@ -82,7 +86,7 @@ def evaluate_generation(
             rows |= dict(zip(some.tolist(), drawn.tolist(), strict=True))
         rows = {number: ids for share in _gathered(rows, ranks) for number, ids in share.items()}
         samples = [as_judged(np.array(rows[n]), trained.tokenizer, text_end) for n in range(count)]
-        results.append(_result(trained, sampler, judge, samples, seed, ranks, reference))
+        results.append(_result(trained, sampler, judge, samples, seed, ranks, reference, of))
     return results
 
 
@@ -135,8 +139,9 @@ def generation_table(results: Sequence[GenerationResult]) -> str:
     """A text table; the first line says what all of them share."""
     first = results[0]
     lines = [
-        f"protocol {first.protocol}, judge {first.judge}, weights {first.weights}, step {first.step}, seed {first.seed}"
-        f", rows of {first.row_length}" + (f", {first.changes}" if first.changes else "")
+        f"protocol {first.protocol}, judge {first.judge}, data of the {first.split} split, weights {first.weights}, "
+        f"step {first.step}, seed {first.seed}, rows of {first.row_length}"
+        + (f", {first.changes}" if first.changes else "")
     ]
     head = ("T", "z", "paths", "samples", "tokens", "gen. ppl", "+-", "entropy", "+-", *(f"dist-{n}" for n in DISTINCT))
     form = "{:>6} {:>6} {:>9} {:>7} {:>9} {:>10} {:>8} {:>8} {:>6}" + " {:>7}" * len(DISTINCT) + " {:>6}"
@@ -162,6 +167,7 @@ def _result(
     seed: int,
     ranks: Ranks,
     reference: np.ndarray | None,
+    of: dict[str, str],
 ) -> GenerationResult:
     shares = _gathered(judge.score(samples[ranks.rank :: ranks.size]), ranks)
     nats, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
@@ -193,6 +199,7 @@ def _result(
         step=trained.step,
         seed=seed,
         row_length=trained.model.architecture.row_length,
+        **of,
         changes="" if sampler is None or sampler.is_plain else _changes(sampler),
         mauve=mauve,
     )

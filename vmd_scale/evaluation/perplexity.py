@@ -58,7 +58,7 @@ class Result:
     vmd_surrogate: float | None = None  # nats per token; NOT a bound
     vmd_surrogate_error: float | None = None  # standard error of it
     caveat: str | None = None  # why it does not compare with published figures of this protocol
-    data: str | None = None  # corpus, tokenizer and rows
+    data: str | None = None  # corpus, tokenizer and rows: see `Manifest.described`
     checkpoint: str | None = None  # `checkpoint_id` of what was evaluated; a run that evaluates itself has none yet
     row_nats: tuple[float, ...] | None = None  # of each row, if asked for: two models are best compared row by row
 
@@ -139,10 +139,12 @@ def evaluate(
         after_batch: called on every rank after each of its batches, of which all ranks have the same number.
 
     Raises:
-        UserError: fewer than two rows, no draws, or a latent or paths that do not exist.
+        UserError: fewer than two rows, no draws, a latent or paths that do not exist; with `until_error`, a bound that
+            is not finite.
     """
-    if request.draws < 1:
-        raise UserError(f"--draws {request.draws}: must be at least 1")
+    for option, value in (("--draws", request.draws), ("--micro-batch", request.micro_batch)):
+        if value < 1:
+            raise UserError(f"{option} {value}: must be at least 1")
     if request.until_error is not None and not request.until_error > 0:
         raise UserError(f"--until-error {request.until_error:g}: must be greater than 0")
     if request.latent not in ("fixed", "fresh"):
@@ -214,7 +216,7 @@ def evaluate(
                 vmd_surrogate=surrogate,
                 vmd_surrogate_error=surrogate_error,
                 caveat=protocol.caveat(reader.manifest, request.split),
-                data=reader.manifest.summary,
+                data=reader.manifest.described(reader.split),
                 row_nats=tuple(nats.tolist()) if request.keep_rows else None,
             )
         )
@@ -259,6 +261,8 @@ def _score_until(
     pilot = min(PILOT, len(rows))
     nats, tokens = some(np.arange(pilot, dtype=np.int64))
     _, error = mean_and_error(nats, tokens)
+    if not math.isfinite(error):
+        raise UserError("--until-error: the bound of the first rows is not finite; the weights have diverged")
     enough = max(PILOT, math.ceil(MARGIN * pilot * (error / request.until_error) ** 2))
     if pilot + enough < len(rows):
         return some(np.arange(pilot, pilot + enough, dtype=np.int64))
@@ -296,8 +300,9 @@ def _score_rows(
         after_batch()
     if ranks.size > 1:
         shares: list[Any] = [None] * ranks.size
-        dist.all_gather_object(shares, (nats, tokens), group=ranks.group)
-        nats, tokens = sum(share[0] for share in shares), sum(share[1] for share in shares)
+        dist.all_gather_object(shares, (nats[mine], tokens[mine]), group=ranks.group)
+        for rank, (some_nats, some_tokens) in enumerate(shares):
+            nats[rank :: ranks.size], tokens[rank :: ranks.size] = some_nats, some_tokens
     return nats, tokens
 
 

@@ -43,6 +43,14 @@ class Protocol:
     first_given: bool = False
     pads_attended: bool = False
 
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether `check` has nothing to say."""
+        try:
+            self.check(manifest)
+        except UserError:
+            return False
+        return True
+
     def check(self, manifest: Manifest) -> None:
         """Raises `UserError` where the shards are not what the protocol says."""
         for key, wanted in self.requires.items():
@@ -80,7 +88,8 @@ class Protocol:
 # The number of characters, documents or sentences of the published sets tells whether one has them before one.
 TEXT8 = {split: {"characters": 5_000_000} for split in ("validation", "test")}
 # news.en.heldout-00000-of-00050 alone, or all 50 files of it, which are the Hugging Face data set's test split
-LM1B_TEST = {"test": {"documents": (6_075, 306_688)}}
+LM1B_DOCUMENTS = (6_075, 306_688)
+LM1B_TEST = {"test": {"documents": LM1B_DOCUMENTS}}
 LM1B = {"corpus": "lm1b", "normalizer": "lm1b", "vocab_size": 30522, "row_length": 128}  # bert-base-uncased
 GPT2_ROWS = {"vocab_size": 50257, "row_length": 1024, "packing": "wrap"}
 OPENWEBTEXT = GPT2_ROWS | {"corpus": "openwebtext", "normalizer": "none"}
@@ -94,13 +103,13 @@ class ZeroShotSet:
     corpus: str
     split: str
     normalizer: str
-    documents: int | None  # of the published split, where the number of documents is known
+    documents: int | tuple[int, ...] | None  # of the published split, where their number is known
 
 
 ZERO_SHOT = {
     "ptb": ZeroShotSet("ptb", "validation", "ptb", 3_370),
     "wikitext": ZeroShotSet("wikitext", "validation", "wikitext", 2_461),
-    "lm1b": ZeroShotSet("lm1b", "test", "lm1b", 6_075),
+    "lm1b": ZeroShotSet("lm1b", "test", "lm1b", LM1B_DOCUMENTS),
     "lambada": ZeroShotSet("lambada", "test", "lambada", 5_153),
     "ag_news": ZeroShotSet("ag_news", "test", "none", 7_600),
     "pubmed": ZeroShotSet("pubmed", "validation", "scientific", None),

@@ -102,6 +102,20 @@ PUBLISHED: dict[str, tuple[Figure, ...]] = {
     "zero_shot/arxiv": _zero_shot(37.37, 41.73, 37.73, 36.39),
 }
 
+# Generative perplexity of packed LM1B by GPT-2 large, by the number of steps (VADD's paper).
+GENERATIVE_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
+GENERATIVE = {
+    "MDLM": (1434, 998, 478, 261, 179, 149, 134, 126),
+    "VADD": (1271, 763, 371, 221, 168, 140, 127, 118),
+}
+
+
+def generative_figures() -> str:
+    """The published generative perplexities, as a text table."""
+    lines = [f"published for lm1b_packed, generative perplexity by GPT-2 large  [{PAPERS['VADD']}]:"]
+    lines.append("  T    " + "".join(f"{steps:>7}" for steps in GENERATIVE_STEPS))
+    return "\n".join([*lines, *(f"  {m} " + "".join(f"{v:>7}" for v in values) for m, values in GENERATIVE.items())])
+
 
 def figures_of(protocol: str) -> tuple[Figure, ...]:
     """Published figures of a protocol; empty where there are none."""

@@ -114,16 +114,23 @@ def with_named_specials(name: str, tokenizer: tokenizers.Tokenizer, folder: Path
 def _fingerprint_of_json(description: dict[str, Any]) -> str:
     """sha256 of what defines the ids, whichever file format it came in and whichever library version wrote it."""
     model = dict(description["model"])
+    vocabulary = model.pop("vocab")
     if "merges" in model:  # written as "a b" or as ["a", "b"]
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    added = [{key: token[key] for key in ("id", "content")} for token in description["added_tokens"]]
-    parts = [model, added, description["normalizer"], description["pre_tokenizer"]]
-    return hashlib.sha256(json.dumps(_without_defaults(parts), sort_keys=True).encode()).hexdigest()
+    added = [_defining(token) for token in description["added_tokens"]]
+    parts = _without_defaults([model, added, description["normalizer"], description["pre_tokenizer"]])
+    return hashlib.sha256(json.dumps([vocabulary, *parts], sort_keys=True).encode()).hexdigest()
+
+
+def _defining(token: dict[str, Any]) -> dict[str, Any]:
+    """How text matches a special token is no matter: it never does."""
+    return {key: token[key] for key in ("id", "content", "special")} if token["special"] else token
 
 
 def _without_defaults(value: Any) -> Any:
     """Drops null, false and empty settings: a newer library writes new ones, all of them off."""
     if isinstance(value, dict):
-        # trim_offsets only moves character offsets, never ids
-        return {k: _without_defaults(v) for k, v in value.items() if v not in (None, False, "") and k != "trim_offsets"}
+        # trim_offsets only moves character offsets, never ids; strip_accents: null is not off, but as lowercase is
+        kept = {k: v for k, v in value.items() if k != "trim_offsets" and v is not None and v != ""}
+        return {k: _without_defaults(v) for k, v in kept.items() if v is not False or k == "strip_accents"}
     return [_without_defaults(v) for v in value] if isinstance(value, list) else value

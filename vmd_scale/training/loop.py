@@ -14,8 +14,9 @@ from vmd_scale.build import Parts, build_architecture, masks_of
 from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.loader import Batch, TrainLoader
-from vmd_scale.data.manifest import contents_of
+from vmd_scale.data.manifest import contents_of, manifests_of
 from vmd_scale.data.mixture import training_rows
+from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
@@ -71,8 +72,14 @@ class Trainer:
         self.master = ShardedMaster(self.engine)
         self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
         self.ema = ShardedEMA(self.master, training.ema_decay) if training.ema_decay else None
-        self.reader, self.order = training_rows(config.data, training.seed)
-        self.contents = world.from_main(lambda: contents_of(config.data))
+        manifests = world.from_main(lambda: manifests_of(config.data))
+        self.contents = contents_of(manifests)
+        self.reader, self.order = training_rows(config.data, training.seed, manifests)
+        self.validation_rows: ShardReader | None = None
+        if config.evaluation.every:
+            self.validation_rows = ShardReader(
+                config.data.shards, "validation", manifests[0], check_sizes=False, cache=shard_cache(config.data)
+            )
         self.loader = TrainLoader(
             self.reader,
             self.order,
@@ -346,11 +353,14 @@ class Trainer:
         self.owes_evaluation = True
         self._go_on()
         self.engine.eval()
+        assert self.validation_rows is not None
         weights, model = "raw" if self.ema is None else "ema", self.engine.module
         ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
         try:
             with nullcontext() if self.ema is None else self.ema.applied():
-                found = validate(model, self.config, self.tokenizer, weights, done, ranks, self._go_on)
+                found = validate(
+                    model, self.config, self.validation_rows, self.tokenizer, weights, done, ranks, self._go_on
+                )
         finally:
             self.engine.train()
         self.owes_evaluation = False

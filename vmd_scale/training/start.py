@@ -12,7 +12,6 @@ from vmd_scale.build import Parts
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
-from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
@@ -64,10 +63,11 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
         RunFailed: on every rank, the preparation broke off.
     """
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
-    world.on_main(lambda: prepare_all(config.data), group)
+    splits = ["train", "validation"] if config.evaluation.every else ["train"]
+    world.on_main(lambda: prepare_all(config.data, enough=splits), group)
     check_ranks(config, world)
     world.on_all(lambda: _check_manifests(config, tokenizer), group)
-    _verify_together(config, world, group)
+    _verify_together(config, splits, world, group)
     dist.destroy_process_group(group)
 
 
@@ -76,14 +76,13 @@ def _check_manifests(config: Config, tokenizer: Tokenizer) -> None:
         check_compatible(read_manifest(data.shards), data, tokenizer)
 
 
-def _verify_together(config: Config, world: World, group: dist.ProcessGroup) -> None:
-    splits = ["train"]
-    if config.evaluation.every:
-        splits.append("validation")
+def _verify_together(config: Config, splits: list[str], world: World, group: dist.ProcessGroup) -> None:
+    if "validation" in splits:
         manifest = read_manifest(config.data.shards)
         for protocol in config.evaluation.protocols:
             get_protocol(protocol).check(manifest)
-        if ShardReader(config.data.shards, "validation", manifest, cache=shard_cache(config.data)).rows < 2:
+        record = manifest.splits.get("validation")
+        if record is not None and record.rows < 2:  # one that is missing is named below
             raise UserError("evaluation.every: the validation split has 1 row, at least 2 are needed")
     for data in config.data.corpora():
         verify_together(data.shards, splits, world, group)

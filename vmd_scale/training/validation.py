@@ -11,7 +11,7 @@ from vmd_scale.build import masks_of
 from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.roles import Role
-from vmd_scale.data.shards import ShardReader, shard_cache
+from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.evaluation.latent import LatentUsage, latent_usage
@@ -34,6 +34,7 @@ class Validation:
 def validate(
     model: VMD,
     config: Config,
+    reader: ShardReader,
     tokenizer: Tokenizer,
     weights: str,
     step: int,
@@ -44,11 +45,11 @@ def validate(
 
     Args:
         model: in evaluation mode.
+        reader: of the validation split.
         weights: ema | raw, what the model computes with.
         after_batch: called on every rank after each of its batches, of which all ranks have the same number.
     """
     evaluation, micro_batch = config.evaluation, config.training.micro_batch
-    reader = ShardReader(config.data.shards, "validation", cache=shard_cache(config.data))
     results: list[Result] = []
     for protocol in evaluation.protocols or ("rows",):
         request = Request(

@@ -15,7 +15,8 @@ from typing import IO, cast
 from vmd_scale.errors import UserError
 
 COMPRESSED = (".xz", ".gz", ".zst", ".zip")
-RECORD_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet", "")
+RECORD_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+LONGEST_FIELD = 1 << 28  # characters, of CSV
 
 
 @contextmanager
@@ -90,14 +91,17 @@ def content_suffix(path: Path) -> str:
 def files_of(path: Path, also: Sequence[str] = ()) -> list[Path]:
     """The file itself, or the text files of a folder, by name. `UserError` when there is none.
 
+    Where no file of a folder has the suffix of a text file, those without any are taken to be text.
+
     Args:
         also: further suffixes of text files.
     """
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
         found = [p for p in inside if content_suffix(p) in (*RECORD_SUFFIXES, *also)]
+        found = found or [p for p in inside if not content_suffix(p)]
         if not found:
-            kinds = ", ".join(filter(None, (*also, *RECORD_SUFFIXES)))
+            kinds = ", ".join((*also, *RECORD_SUFFIXES))
             raise UserError(f"data.source: no {kinds} files in {path} (also {', '.join(COMPRESSED)})")
         return found
     if not path.exists():
@@ -117,10 +121,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number of a record, from 1, and its fields. `UserError` for what is no CSV."""
+    """Number of a record, from 1, and its fields. `UserError` for what is no CSV, or a field without end."""
     number = 0
-    try:
-        for number, fields in enumerate(csv.reader(line + "\n" for line in lines(path)), start=1):
+    csv.field_size_limit(LONGEST_FIELD)
+    try:  # strict: else a quote that is never closed makes the rest of the file one field
+        for number, fields in enumerate(csv.reader((line + "\n" for line in lines(path)), strict=True), start=1):
             yield number, fields
     except csv.Error as error:
         raise UserError(f"{path}, after record {number}: {error}") from None
@@ -165,6 +170,9 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
                 raise UserError(
                     f'{path}: no column "{column}"; columns: {", ".join(file.schema_arrow.names)} (data.text_column)'
                 )
+            kind = file.schema_arrow.field(column).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f'{path}: column "{column}" is {kind}, expected string (data.text_column)')
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -24,8 +24,8 @@ def _sentences(path: Path) -> Iterator[str]:
 
 
 def _wikitext_lines(path: Path) -> Iterator[str]:
-    """A line is a document and keeps its end, as in the Hugging Face dataset that figures were published with."""
-    return (line + "\n" for line in lines(path) if line.strip())
+    """A line keeps its end, as in the Hugging Face dataset that figures were published with."""
+    return (line + "\n" for line in lines(path))
 
 
 def _news(path: Path) -> Iterator[str]:
@@ -59,8 +59,8 @@ def ptb(config: DataConfig, split: str) -> Iterator[Document]:
 
 @corpus("wikitext", normalizer="wikitext", licence="Wikipedia, CC BY-SA and GFDL", splits=text_splits)
 def wikitext(config: DataConfig, split: str) -> Iterator[Document]:
-    """WikiText-2 or -103, raw (published) or as tokens; a line is a document."""
-    return _documents(config, split, "text", _wikitext_lines)
+    """WikiText-2 or -103, raw (published) or as tokens; a line that is not blank is a document."""
+    return (document for document in _documents(config, split, "text", _wikitext_lines) if document.text.strip())
 
 
 @corpus("lambada", normalizer="lambada", licence="MIT (OpenAI's copy); texts of their authors", splits=text_splits)
