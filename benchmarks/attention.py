@@ -21,6 +21,7 @@ from vmd_scale.model.attention import (
     attention,
     block_diffusion_mask,
     document_boundaries,
+    flash_available,
     flash_kernels,
     kernel_name,
 )
@@ -33,8 +34,10 @@ def measure(length: int, rows: int, heads: int, width: int, rounds: int, device:
     documents = Documents(segments.to(device), document_boundaries(segments, 4).to(device))
     masks: dict[tuple[str, str], Mask] = {("none", "reference"): None, ("none", "sdpa"): None}
     masks |= {("documents", "sdpa"): documents}
-    if flash_kernels() is not None:
-        masks |= {("none", "flash"): None, ("documents", "flash"): documents}
+    if flash_available(width):
+        masks["none", "flash"] = None
+    if flash_kernels(width) is not None:
+        masks["documents", "flash"] = documents
     for kernel in ("sdpa", "flex") if device.type == "cuda" else ("sdpa",):
         masks["blocks", kernel] = block_diffusion_mask(length // 2, 8, None, kernel, device)
 

@@ -38,14 +38,14 @@ class Clock:
 
 def seconds_of(run: Callable[[], object]) -> float:
     """One call, to the end of what it started on a GPU."""
-    _wait()
+    wait_for_device()
     started = Clock.now()
     run()
-    _wait()
+    wait_for_device()
     return Clock.now() - started
 
 
-def _wait() -> None:
+def wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

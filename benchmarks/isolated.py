@@ -43,8 +43,9 @@ def run_parts(
         else:
             worker = worker or Worker(make)
             answer = worker.ask(name, min(left, 3 * guess + 60))
-            if answer is None:
-                answer, worker = {"failed": worker.end()}, None
+            if answer is None or "failed" in answer:  # what broke CUDA's context would break all that comes after it
+                how, worker = worker.end(), None
+                answer = answer or {"failed": how}
         result[name] = {**answer, "seconds": round(time.perf_counter() - began, 1)}
         write_json(output, result)
         print(f"== {name} ({result[name]['seconds']} s)\n{json.dumps(result[name], indent=1)[:2500]}", flush=True)

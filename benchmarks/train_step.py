@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparing import Clock, Report, in_turns, medians, ratio, seconds_of, table
+from comparing import Clock, Report, in_turns, medians, ratio, seconds_of, table, wait_for_device
 from torch.nn import functional as F
 from workload import BareStep, shape
 
@@ -133,6 +133,7 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
                 times["bare"].append(seconds_of(lambda batches=batches: bare.step(batches[0])))
                 started = Clock.now()
                 yield batches
+                wait_for_device()
                 times["loop"].append(Clock.now() - started)
 
         trainer.loader.steps = beside_bare_steps

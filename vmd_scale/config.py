@@ -107,7 +107,8 @@ class ModelConfig(Section):
     time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
     biases: bool = Field(default=False, description="of MLPs and head, which MDLM's weights have")
     attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = Field(
-        default="auto", description="kernel; auto: flash-attn where it is installed, flex for blocks on GPU, else sdpa"
+        default="auto",
+        description="kernel; auto: on a GPU flash-attn where it is installed, flex for blocks, else sdpa",
     )
 
 

@@ -13,10 +13,10 @@ from vmd_scale.model.attention import (
     block_diffusion_mask,
     choose_kernel,
     document_boundaries,
-    flash_available,
+    flash_kernels,
     rotary_table,
 )
-from vmd_scale.model.documents import attention_mask
+from vmd_scale.model.documents import attention_mask, members_of
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5, 5, 5], [0, 1, 2, 2, 2, 0, 0, 0]])
 
@@ -41,7 +41,7 @@ def far(one, other):
 
 def test_the_log_names_the_kernel_that_really_runs(monkeypatch):
     """Of every network; flash-attn has neither fp32 nor padding, block masks are FlexAttention's business."""
-    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(3, None, None))
+    monkeypatch.setattr(layers, "flash_kernels", lambda *_: Flash("flash-attn 3", None, None, "cpu"))
     monkeypatch.setattr(encoder, "choose_kernel", lambda *_, **__: "flash")
     a = architecture(groups=3, attention="flex", encoder_layers=1)
     model = VMD(a)
@@ -93,7 +93,7 @@ def by_pieces(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 def test_the_varlen_path_equals_the_mask_path(monkeypatch):
     """Here with a stand-in for the kernel: what is handed to it, and what becomes of its answer."""
     segments = torch.where(SEGMENTS == 0, SEGMENTS + 10 * (torch.arange(8) > 4), SEGMENTS)  # no number twice in a row
-    monkeypatch.setattr(module, "flash_kernels", lambda: Flash(2, None, by_pieces))
+    monkeypatch.setattr(module, "flash_kernels", lambda *_: Flash("stand-in", None, by_pieces, "cpu"))
     qkv = tensors(3, 8, 2, 4, torch.bfloat16, "cpu")
     packed = with_gradients(qkv, Documents(segments, document_boundaries(segments, 4)), "flash")
     masked = with_gradients(qkv, Documents(segments), "reference")
@@ -107,7 +107,7 @@ def test_every_version_of_flash_attention_is_understood(returned, monkeypatch):
         out = attention(q, k, v, None, "reference")
         return out if returned == "tensor" else (out, torch.zeros(1))
 
-    monkeypatch.setattr(module, "flash_kernels", lambda: Flash(3, dense, None))
+    monkeypatch.setattr(module, "flash_kernels", lambda *_: Flash("stand-in", dense, None, "cpu"))
     qkv = tensors(2, 5, 2, 4, torch.bfloat16, "cpu")
     assert torch.equal(attention(*qkv, None, "flash"), attention(*qkv, None, "reference"))
 
@@ -126,7 +126,7 @@ def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, packed, monkeypa
         mask = (inside[:, None] == inside[None, :])[None, None]
         return attention(*(x.unsqueeze(0) for x in (q, k, v)), mask, "reference")[0]
 
-    monkeypatch.setattr(layers, "flash_kernels", lambda: Flash(2, dense, varlen))
+    monkeypatch.setattr(layers, "flash_kernels", lambda *_: Flash("stand-in", dense, varlen, "cpu"))
     segments = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
     mask = attention_mask(segments, 3, layers.SelfAttention(32, 2, kernel).kernel) if packed else None
     torch.manual_seed(0)
@@ -134,7 +134,8 @@ def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, packed, monkeypa
     block.keep_products = checkpointed
     x = torch.randn(2, 6, 32, dtype=torch.bfloat16)
     table = rotary_table(torch.arange(6), 16)
-    condition = torch.randn(2, 1, 8, dtype=torch.bfloat16)
+    of_documents = members_of(segments, 3).bfloat16() if packed else None
+    condition = layers.Condition(torch.randn(2, 3 if packed else 1, 8, dtype=torch.bfloat16), of_documents)
     torch._dynamo.reset()
     found = []
     for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)):
@@ -155,8 +156,8 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2}  # fp32 products may be 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash"])
 @pytest.mark.parametrize("mask", ["none", "padding", "documents"])
 def test_gpu_kernels_equal_the_reference(kernel, dtype, mask):
-    if kernel == "flash" and not flash_available():
-        pytest.skip("flash-attn is not installed")
+    if kernel == "flash" and flash_kernels() is None:
+        pytest.skip("no flash attention works here")
     rows, length = 3, 192
     qkv = tensors(rows, length, 4, 64, dtype, "cuda")
     segments = torch.arange(length).div(torch.tensor([[70], [33], [200]]), rounding_mode="floor")
@@ -189,4 +190,4 @@ def test_gpu_flex_attention_equals_the_mask_of_block_diffusion(dtype, padded):
 @cuda
 def test_gpu_kernels_are_chosen_by_what_is_there():
     assert choose_kernel("auto", blocks=True) == "flex"
-    assert choose_kernel("auto") == ("flash" if flash_available() else "sdpa")
+    assert choose_kernel("auto") == ("flash" if flash_kernels() is not None else "sdpa")

@@ -46,6 +46,39 @@ def test_weighted_nll_is_the_weighted_sum_of_cross_entropies(chunk, dtype, toler
     assert bool((results[0][1][~masked] == 0).all())
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_symbols_that_fill_up_the_vocabulary_change_nothing(with_bias, dtype, compiled, monkeypatch):
+    """As on a GPU, whose matrix products want that."""
+    monkeypatch.setattr(head, "_compiler", lambda: head._in_one_pass)
+    hidden, matrix, targets, _, index, weight = problem(dtype=dtype)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 4 * len(matrix))
+    bias = torch.randn(len(matrix)).to(dtype).requires_grad_() if with_bias else None
+    wanted = [hidden, matrix, *([bias] if bias is not None else [])]
+    results = []
+    for multiple in (1, 8):
+        monkeypatch.setitem(head.VOCAB_MULTIPLE, "cpu", multiple)
+        total = weighted_nll(hidden, targets, index, matrix, weight, compiled, bias)
+        results.append((total, *torch.autograd.grad(total, wanted)))
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape
+        assert (one.float() - other.float()).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * one.float().norm()
+
+
+def test_a_compiled_loss_is_compiled_once_whatever_is_masked(monkeypatch):
+    """But for another vocabulary: its size is a constant of the kernel."""
+    torch._dynamo.reset()
+    compiled = []
+    compiler = torch.compile(head._in_one_pass, backend=lambda graph, inputs: compiled.append(graph) or graph)
+    monkeypatch.setattr(head, "_compiler", lambda: compiler)
+    for rows, symbols, times in ((7, 50, 1), (5, 50, 1), (1000, 50, 1), (7, 60, 2)):
+        logits, targets, weight = torch.randn(rows, symbols), torch.randint(symbols, (rows,)), torch.rand(rows)
+        found, wanted = (f(logits.clone(), targets, weight) for f in (head._compiled, head._nll_and_gradient))
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted, strict=True))
+        assert len(compiled) == times
+
+
 def test_extreme_logits_have_an_exact_loss():
     hidden = torch.tensor([[[1e4, 0.0], [0.0, 80.0]]], requires_grad=True)
     matrix, targets, index = torch.eye(2), torch.tensor([[1, 0]]), torch.tensor([0, 1])

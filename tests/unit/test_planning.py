@@ -12,6 +12,7 @@ from vmd_scale.build import build_architecture, build_model, build_objective
 from vmd_scale.config_file import parse_config
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import head
+from vmd_scale.model.attention import block_diffusion_mask
 from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
@@ -43,8 +44,14 @@ def inputs_of(config, vocabulary=VOCABULARY):
     rows, length = config.training.micro_batch, config.data.row_length
     clean = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
     everything = torch.ones_like(clean, dtype=torch.bool)
-    objective = build_objective(config, vocabulary)
-    return objective, objective.prepare(clean, everything, None, 0, torch.arange(rows), rows)
+    objective, attend = build_objective(config, vocabulary), None
+    if config.documents > 1:
+        of_each = torch.arange(1, config.documents + 1).repeat_interleave(length // config.documents)
+        attend = of_each.int().expand(rows, -1)
+    return objective, objective.prepare(clean, everything, attend, 0, torch.arange(rows), rows)
+
+
+PACKED = {"packing": "document", "documents_per_row": 4}
 
 
 # ---- FLOPs
@@ -62,8 +69,14 @@ def inputs_of(config, vocabulary=VOCABULARY):
         {"latent": {"prior": "conditional"}},
         {"latent": {"scope": "block"}, "diffusion": {"block_size": 32}},
         {"diffusion": {"objective": "iw", "steps": [1, 4], "importance_samples": 3}},
+        {"data": PACKED},
+        {"data": PACKED, "latent": {"injection": "add", "prior": "conditional"}},
+        {"data": PACKED, "latent": {"width": 0}},
     ],
-    ids=["vmd", "mdm", "small T", "swiglu", "time", "add", "conditional prior", "blocks", "importance weighted"],
+    ids=[
+        *("vmd", "mdm", "small T", "swiglu", "time", "add", "conditional prior", "blocks", "importance weighted"),
+        *("documents", "documents, add", "documents, mdm"),
+    ],
 )
 def test_flops_per_token_are_what_a_training_step_computes(changes):
     config = config_of(**changes)
@@ -79,6 +92,20 @@ def test_flops_per_token_are_what_a_training_step_computes(changes):
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3 if x.owner is not None else 1e-9)
     assert denoiser_passes(config) == pytest.approx(passes, rel=0.2)
     assert masked_share(config) == pytest.approx(share, abs=INDEX_MULTIPLE / x.clean.numel() + 0.1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_flops_where_attention_skips_what_is_hidden_are_those_of_the_pairs_that_the_mask_allows(groups):
+    length = 128
+    block = {"latent": {"scope": "block"}, "diffusion": {"block_size": length // groups}} if groups > 1 else {}
+    a = build_architecture(config_of(**block), VOCABULARY)
+    dense, found = FlopsPerToken.of(a, 0.5), FlopsPerToken.of(a, 0.5, skips=True)
+    assert (found.head, found.encoder, found.latent) == (dense.head, dense.encoder, dense.latent)
+    pairs = 0.0
+    if groups > 1:
+        hidden = ~block_diffusion_mask(length, groups, None, "reference", torch.device("cpu"))
+        pairs = float(hidden.sum())
+    assert dense.denoiser - found.denoiser == pytest.approx(3 * a.layers * 4 * a.width * pairs / length)
 
 
 def test_the_fused_loss_computes_the_head_three_times_and_the_recomputed_one_four(monkeypatch):
@@ -120,6 +147,7 @@ SHAPES = {
     "selective": (27, {"training": {"activation_checkpointing": "selective"}}),
     "swiglu": (27, {"model": {"layers": 4, "mlp": "swiglu", "norm": "rmsnorm", "attention": "sdpa"}}),
     "blocks": (27, {"latent": {"scope": "block"}, "diffusion": {"block_size": 32}}),
+    "documents": (27, {"data": PACKED}),
 }
 
 

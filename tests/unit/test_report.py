@@ -141,7 +141,7 @@ def drawn(**changes):
     values = {"protocol": "generation", "judge": "gpt2", "steps": "data", "latent": "none", "paths": "none"}
     values |= {"samples": 2, "tokens": 64, "generative_perplexity": 9.0, "standard_error": 0.1, "seed": 0}
     values |= {"unigram_entropy": 2.0, "unigram_entropy_error": 0.1, "distinct": {}, "weights": "ema", "step": 20}
-    return GenerationResult(**{**values, "row_length": 32, **changes}).to_dict()
+    return GenerationResult(**{**values, "row_length": 32, "split": "validation", "data": "text", **changes}).to_dict()
 
 
 def test_figures_of_samples_beside_the_bounds_are_passed_over(run, tmp_path):

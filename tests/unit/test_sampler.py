@@ -12,7 +12,7 @@ from tiny_models import MODELS, exact_of, model_of, sequences, sureness, tiny_mo
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, RANDOM_LAWS
 from vmd_scale.diffusion.sampler import Sampler, _Walk, sample
-from vmd_scale.diffusion.tokens import draw_categorical, draw_tokens
+from vmd_scale.diffusion.tokens import draw_categorical, draw_tokens, probability_of
 
 INF = math.inf
 MDM = tiny_model(6, latent_width=0)
@@ -183,7 +183,8 @@ def test_tokens_by_temperature_and_nucleus(temperature, nucleus):
 
     logits = 3 * torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     u = ((torch.arange(5000).double() + 0.5) / 5000).repeat(6)
-    tokens, held = draw_tokens(logits.repeat_interleave(5000, 0), u, temperature, nucleus)
+    tokens = draw_tokens(logits.repeat_interleave(5000, 0), u, temperature, nucleus)
+    held = probability_of(logits.repeat_interleave(5000, 0), tokens)
     share = torch.nn.functional.one_hot(tokens.view(6, -1), 9).double().mean(1)
     assert torch.allclose(share, nucleus_of((logits.double() / temperature).softmax(-1), nucleus), atol=3e-4)
     model_p = logits.double().softmax(-1).repeat_interleave(5000, 0)  # how probable the model itself held them

@@ -133,6 +133,15 @@ def test_one_forward_of_each_network_and_one_modulation_of_each_block(latent, fo
     assert widths == [(ROWS, 1)] * (2 if latent else 0)  # once a latent group, not a token
 
 
+def test_each_block_is_modulated_once_a_document():
+    model, widths = network(documents=3), []
+    for block in model.denoiser.blocks:
+        block.modulation.register_forward_hook(lambda m, i, o: widths.append(o.shape[:2]))
+    attend = torch.arange(LENGTH).mul(4).div(LENGTH, rounding_mode="floor").int().expand(ROWS, -1)  # 0 is padding
+    model.denoiser(torch.zeros(ROWS, LENGTH, dtype=torch.int64), torch.zeros(ROWS, 3, 8), attend)
+    assert widths == [(ROWS, 3)] * 2
+
+
 def test_rotary_angles_are_computed_once_for_each_network():
     watch, _ = watched(network())
     assert watch.operations["cos"] == 2

@@ -159,10 +159,11 @@ class _Walk:
                 self.u[rows, inside][drawn],
                 sampler.temperature,
                 sampler.nucleus,
+                with_probability=sampler.remask > 0,
             )
             known = maskable & ~masked
             self.x[rows, inside] = self.x[rows, inside].masked_scatter(drawn, tokens)
-            if sampler.remask:
+            if probability is not None:
                 self.x[:, inside] = self.x[:, inside].masked_fill(highest(-drawn_with, known, again), self.mask_id)
                 drawn_with[rows] = drawn_with[rows].masked_scatter(drawn, probability)
 

@@ -49,45 +49,57 @@ def document_boundaries(segments: Tensor, most: int) -> Tensor:
 
 
 class Flash(NamedTuple):
-    """flash-attn, as it is installed."""
+    """flash-attn, as it is installed, or the one that PyTorch is built with."""
 
-    version: int
+    name: str
     dense: Callable[..., Any]
     varlen: Callable[..., Any]
+    device: str = "cuda"
+
+
+OWN = "PyTorch SDPA"
+MODULES = {"flash-attn 4": "flash_attn.cute", "flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
 @functools.cache
-def flash_kernels() -> Flash | None:
-    """The flash-attn that was made for this GPU and works, or None."""
+def flash_kernels(head_width: int = 64) -> Flash | None:
+    """The flash-attn that was made for this GPU and works with such heads, else PyTorch's own, or None."""
     if not torch.cuda.is_available():
         return None
-    modules = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
     capability = torch.cuda.get_device_capability()[0]
-    for version in (3, 4, 2) if capability == 9 else (4, 2) if capability > 9 else (2,):
+    versions = (3, 4, 2) if capability == 9 else (4, 2) if capability > 9 else (2,)
+    for name in (*(f"flash-attn {version}" for version in versions), OWN):
         try:
-            found = importlib.import_module(modules[version])
-            flash = Flash(version, found.flash_attn_func, found.flash_attn_varlen_func)
-            _try(flash)
+            if name == OWN:
+                flash = Flash(OWN, _sdpa, _own_varlen)
+            else:
+                found = importlib.import_module(MODULES[name])
+                flash = Flash(name, found.flash_attn_func, found.flash_attn_varlen_func)
+            _try(flash, head_width)
         except Exception as error:  # a build for another PyTorch, CUDA or GPU fails in ways of its own
             if not isinstance(error, ModuleNotFoundError):
-                log.warning("flash-attn %d is installed and does not work: %r", version, error)
+                log.warning("%s does not work with heads of %d: %r", name, head_width, error)
             continue
         return flash
     return None
 
 
-def _try(flash: Flash) -> None:
+def _try(flash: Flash, head_width: int) -> None:
     """Forward and backward of both kernels, tiny."""
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v = (torch.randn(1, 16, 1, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-        ends = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
+        q, k, v = (
+            torch.randn(1, 16, 1, head_width, device=flash.device, dtype=torch.bfloat16).requires_grad_()
+            for _ in range(3)
+        )
+        ends = torch.tensor([0, 5, 16], dtype=torch.int32, device=flash.device)
         for out in (_first(flash.dense(q, k, v)), _varlen(flash, q, k, v, ends)):
             out.sum().backward()
 
 
-def flash_available() -> bool:
-    """Whether flash-attn can be used."""
-    return flash_kernels() is not None
+def flash_available(head_width: int = 64) -> bool:
+    """Whether flash-attn is installed and can be used."""
+    flash = flash_kernels(head_width)
+    return flash is not None and flash.name != OWN
 
 
 def kernel_name(kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked: bool = False) -> str:
@@ -95,13 +107,13 @@ def kernel_name(kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked
     flash = flash_kernels() if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
     if flash is not None:
         if dtype in (torch.bfloat16, torch.float16) and not masked:
-            return f"flash-attn {flash.version}"
+            return flash.name
         kernel = "sdpa"
     return "PyTorch SDPA" if kernel == "sdpa" else str(kernel)
 
 
 def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:
-    """``auto`` becomes flash where flash-attn and a GPU are at hand, else PyTorch's own SDPA.
+    """``auto`` becomes flash where a GPU is at hand (flash-attn, else PyTorch's own), else PyTorch's SDPA.
 
     With `blocks` (block diffusion's mask), it becomes flex on a GPU, whose kernel wants heads at least 16 wide;
     without, flex has nothing to do and is SDPA.
@@ -112,8 +124,8 @@ def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> st
     if wanted == "flex" and (narrow or not blocks):
         return "sdpa"
     if wanted == "auto":
-        return "flash" if flash_available() else "sdpa"
-    if wanted == "flash" and not flash_available():
+        return "flash" if flash_kernels(head_width) is not None else "sdpa"
+    if wanted == "flash" and not flash_available(head_width):
         raise RuntimeError("model.attention is 'flash', but flash-attn is not installed or there is no GPU; use 'auto'")
     return wanted
 
@@ -125,14 +137,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str | Flash) 
         q: [B, L, heads, head width]; k, v: [B, S, heads, head width].
         mask: bool, broadcastable to [B, heads, L, S], true where attention is allowed; None allows all; a `BlockMask`
             is for FlexAttention; `Documents` for rows that hold several.
-        kernel: flash (or what `flash_kernels` found) | sdpa | flex | reference. Flash has no general mask and no fp32:
-            SDPA takes over there.
+        kernel: flash (or what `flash_kernels` found) | sdpa | flex | reference. Flash has no general mask, no fp32 and
+            no CPU: SDPA takes over there.
 
     Returns:
         [B, L, heads, head width].
     """
-    flash = flash_kernels() if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    flash = flash_kernels(q.shape[-1]) if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
+    if flash is not None and (q.dtype not in (torch.bfloat16, torch.float16) or q.device.type != flash.device):
         flash = None
     if flash is not None and mask is None:
         return _first(flash.dense(q, k, v))
@@ -140,17 +152,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str | Flash) 
         if flash is not None and mask.boundaries is not None:
             return _varlen(flash, q, k, v, mask.boundaries)
         mask = mask.mask()
+    if kernel != "reference" and not isinstance(mask, BlockMask):
+        return _sdpa(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
         return _flex(q.is_cuda)(q, k, v, block_mask=mask).transpose(1, 2)
-    if kernel == "reference":
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: a row may be all padding
-        out = scores.softmax(-1).to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2)
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: a row may be all padding
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _own_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return _first(varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
 
 
 def _varlen(flash: Flash, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:

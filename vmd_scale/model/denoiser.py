@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import Mask, block_diffusion_mask, choose_kernel, rotary_table
-from vmd_scale.model.documents import attention_mask, has_documents, positions_in, spread
-from vmd_scale.model.layers import Block, KeyValues, Norm, Stack, initialize
+from vmd_scale.model.documents import attention_mask, has_documents, members_of, positions_in
+from vmd_scale.model.layers import Block, Condition, KeyValues, Norm, Stack, initialize
 
 
 class Denoiser(nn.Module):
@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
             assert z is not None
             added = self.latent_to_embedding(z.to(x.dtype))
             if attend is not None and has_documents(attend):
-                x = x + spread(added, attend)
+                x = x + members_of(attend, added.shape[1]).to(x.dtype) @ added
             else:
                 x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
         mask: Mask = attention_mask(attend, a.documents, self.blocks.kernel)
@@ -87,7 +87,7 @@ class Denoiser(nn.Module):
             kernel = "sdpa" if self.kernel == "flex" and on_cpu else self.kernel
             mask = block_diffusion_mask(length, a.groups, attend, kernel, noisy.device)
             if condition is not None:  # the clean half is conditioned on no z
-                condition = torch.cat((condition, torch.zeros_like(condition)), dim=1)
+                condition = Condition(torch.cat((condition.vectors, torch.zeros_like(condition.vectors)), dim=1))
         rotary = rotary_table(positions, a.head_width)
         x = self.blocks(x, rotary, mask, condition)
         return self.norm(x[:, :length])
@@ -117,7 +117,7 @@ class Denoiser(nn.Module):
         x = self.embedding(tokens) + self.position(positions)
         a = self.architecture
         if clean:
-            condition = x.new_zeros(len(x), 1, a.condition_width) if a.has_condition else None
+            condition = Condition(x.new_zeros(len(x), 1, a.condition_width)) if a.has_condition else None
         else:
             condition = self._condition(x, z, mask_ratio)
             if self.latent_to_embedding is not None:
@@ -151,19 +151,18 @@ class Denoiser(nn.Module):
 
     def _condition(
         self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None
-    ) -> Tensor | None:
-        """What modulates the blocks, [B, G, C]; of rows of several documents [B, L, C]."""
-        condition = None
+    ) -> Condition | None:
+        vectors = members = None
         if self.latent_to_condition is not None:
             assert z is not None
-            condition = self.latent_to_condition(z.to(x.dtype))
+            vectors = self.latent_to_condition(z.to(x.dtype))
             if attend is not None and has_documents(attend):
-                condition = spread(condition, attend)
+                members = members_of(attend, z.shape[1]).to(x.dtype)
         if self.time_to_condition is not None:
             assert mask_ratio is not None
             time = self.time_to_condition(_sinusoids(mask_ratio, self.architecture.condition_width).to(x.dtype))
-            condition = time if condition is None else condition + time
-        return None if condition is None else nn.functional.silu(condition)
+            vectors = time if vectors is None else vectors + time
+        return None if vectors is None else Condition(nn.functional.silu(vectors), members)
 
 
 def _sinusoids(ratio: Tensor, width: int) -> Tensor:

@@ -43,22 +43,17 @@ def positions_in(attend: Tensor | None, length: int, device: torch.device) -> Te
     return at - torch.where(begins, at, 0).cummax(dim=1).values
 
 
-def members(attend: Tensor, documents: int) -> Tensor:
-    """Which positions belong to documents 1 .. N of a row, bool [B, N, L]."""
-    numbers = torch.arange(1, documents + 1, device=attend.device)
-    return attend[:, None, :] == numbers[None, :, None]
+def members_of(attend: Tensor, documents: int) -> Tensor:
+    """Which positions belong to documents 1 .. N of a row, bool [B, L, N]; padding to none.
+
+    As a matrix it gives each position what is its document's: on a GPU the gradient of indexing sums in an order that
+    changes from run to run.
+    """
+    return attend[:, :, None] == torch.arange(1, documents + 1, device=attend.device)
 
 
 def any_of(mask: Tensor, attend: Tensor | None, groups: int, documents: int) -> Tensor:
     """Whether any position that shares a latent is true in bool [B, L]: for each block [B, G], or document [B, N]."""
     if attend is None or not has_documents(attend):
         return mask.view(len(mask), groups, -1).any(-1)
-    return (members(attend, documents) & mask[:, None]).any(-1)
-
-
-def spread(x: Tensor, attend: Tensor) -> Tensor:
-    """One vector a document, [B, N, C], to all of its positions, [B, L, C]; zero at padding.
-
-    A matrix product: on a GPU the gradient of indexing sums in an order that changes from run to run.
-    """
-    return members(attend, x.shape[1]).to(x.dtype).transpose(1, 2) @ x
+    return (members_of(attend, documents) & mask[:, :, None]).any(1)

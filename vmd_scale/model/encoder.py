@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmd_scale.model.architecture import Architecture
 from vmd_scale.model.attention import choose_kernel, rotary_table
-from vmd_scale.model.documents import attention_mask, has_documents, members, positions_in
+from vmd_scale.model.documents import attention_mask, has_documents, members_of, positions_in
 from vmd_scale.model.layers import Block, Norm, Stack, initialize
 
 LOG_STD_RANGE = (-8.0, 4.0)  # keeps exp() finite when a run is started with a large learning rate
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.groups, self.documents, self.head_width = a.groups, a.documents, a.head_width
         width, heads = a.encoder_width, a.encoder_width // a.head_width
-        kernel = choose_kernel(a.attention)
+        kernel = choose_kernel(a.attention, head_width=a.head_width)
         self.embedding = nn.Embedding(symbols, width)
         self.pattern = nn.Embedding(2, width)
         self.position = nn.Embedding(a.row_length, width)
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         mask = attention_mask(attend, self.documents, self.blocks.kernel)
         h = self.norm(self.blocks(h, rotary, mask)).float()
         if attend is not None and has_documents(attend):
-            over = (members(attend, self.documents) & masked[:, None]).float()  # [B, N, L]
+            over = (members_of(attend, self.documents) & masked[:, :, None]).float().transpose(1, 2)  # [B, N, L]
             pooled = over @ h / over.sum(-1, keepdim=True).clamp(min=1)
         else:
             grouped = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**25  # logits in existence at once: 128 MiB in fp32
 GPU_CHUNK_ELEMENTS = 2**28  # of the fused one there: each chunk reads and writes a gradient as large as the head
+# Symbols of the fused one by device: a GPU's fast matrix products want rows that begin at multiples of 16 bytes.
+VOCAB_MULTIPLE = {"cuda": 64}
 
 
 def masked_nll(
@@ -99,18 +101,25 @@ class _WeightedNLL(torch.autograd.Function):
         ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, weight: Tensor, compiled: bool
     ) -> Tensor:
         elements = GPU_CHUNK_ELEMENTS if rows.is_cuda else CHUNK_ELEMENTS
+        vocab_size, multiple = len(matrix), VOCAB_MULTIPLE.get(rows.device.type, 1)
+        if vocab_size % multiple:
+            matrix, bias = _filled_up(matrix, bias, -vocab_size % multiple)
         chunk = max(1, elements // len(matrix))
         d_rows = torch.empty_like(rows)
-        d_matrix = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        d_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(bias, dtype=torch.float32)
+        d_matrix = d_bias = None
+        if ctx.needs_input_grad[1]:
+            d_matrix = matrix.new_zeros(vocab_size, matrix.shape[1], dtype=torch.float32)
+        if ctx.needs_input_grad[2]:
+            d_bias = matrix.new_zeros(vocab_size, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
-        score = _compiled() if compiled else _nll_and_gradient
+        score = _compiled if compiled else _nll_and_gradient
         parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
         for h, y, w, d_h in zip(*parts, strict=True):
             logits = h @ matrix.T if bias is None else torch.addmm(bias, h, matrix.T)
             nll, d_logits = score(logits, y, w)
             total += (nll.double() * w).sum()
             torch.mm(d_logits, matrix, out=d_h)
+            d_logits = d_logits[:, :vocab_size]
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=torch.float32)
             if d_matrix is None:
@@ -129,6 +138,12 @@ class _WeightedNLL(torch.autograd.Function):
         d_rows, d_matrix, d_bias = ctx.saved_tensors
         of_head = (None if d is None else (d * factor).to(ctx.dtype) for d in (d_matrix, d_bias))
         return d_rows * factor.to(d_rows.dtype), *of_head, None, None, None
+
+
+def _filled_up(matrix: Tensor, bias: Tensor | None, more: int) -> tuple[Tensor, Tensor]:
+    """The head with so many symbols more, of probability 0."""
+    bias = matrix.new_zeros(len(matrix)) if bias is None else bias
+    return F.pad(matrix, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf)
 
 
 def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +165,12 @@ def _in_one_pass(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tenso
     return (normaliser - scores.gather(-1, targets)).squeeze(-1), gradient.to(logits.dtype)
 
 
+def _compiled(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    for x in (logits, targets, weight):
+        torch._dynamo.maybe_mark_dynamic(x, 0)  # not the vocabulary: what is known to be aligned is read faster
+    return _compiler()(logits, targets, weight)
+
+
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_in_one_pass, dynamic=True)
+def _compiler() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_in_one_pass)

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         # Found here, not in the forward pass: a compiler would trace the search.
-        self.kernel = flash_kernels() or "sdpa" if kernel == "flash" else kernel
+        self.kernel = flash_kernels(width // heads) or "sdpa" if kernel == "flash" else kernel
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -86,6 +86,18 @@ class SelfAttention(nn.Module):
         if past is not None:
             k, v = past.join(k, v)
         return self.out(attention(q, k, v, mask, self.kernel).flatten(2))
+
+
+class Condition(NamedTuple):
+    """What modulates the blocks: a vector for each latent, and which positions are its own."""
+
+    vectors: Tensor  # [B, G, C], each of a group of L / G positions; with `members` [B, N, C]
+    members: Tensor | None = None  # [B, L, N], one-hot, of rows of several documents
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """What a layer makes of each vector: [B, G, D], of documents [B, L, D]."""
+        made: Tensor = layer(self.vectors)
+        return made if self.members is None else self.members @ made
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
@@ -126,10 +138,10 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         past: KeyValues | None = None,
     ) -> Tensor:
-        """x: [B, L, D]; condition: [B, G, C] or None."""
+        """x: [B, L, D]."""
         if self.keep_products and torch.is_grad_enabled():
             return checkpoint(
                 self._forward, x, rotary, mask, condition, past, use_reentrant=False, context_fn=_keeping_products
@@ -141,14 +153,14 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Tensor | None,
+        condition: Condition | None,
         past: KeyValues | None,
     ) -> Tensor:
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask, past))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
         assert condition is not None
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.through(self.modulation).chunk(6, dim=-1)
         h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary, mask, past)
         x = x + modulate(self.dropout(h), None, gate_a)
         h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
@@ -168,6 +180,8 @@ _PRODUCTS = {
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+    "torch_attn::_varlen_attn",
     "flex_attention",
 }
 
@@ -203,7 +217,7 @@ class Stack(nn.ModuleList):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         past: Sequence[KeyValues | None] | None = None,
     ) -> Tensor:
         for block, remembered in zip(self, past or [None] * len(self), strict=True):

@@ -18,29 +18,35 @@ class FlopsPerToken:
     denoiser: float  # blocks, without the head
     head: float
     encoder: float  # with a conditional prior's
-    latent: float  # modulations and projections: once a latent group
+    latent: float  # modulations and projections: once a latent group, or document
 
     @property
     def total(self) -> float:
         return self.denoiser + self.head + self.encoder + self.latent
 
     @classmethod
-    def of(cls, a: Architecture, masked: float, passes: float = 1.0) -> "FlopsPerToken":
+    def of(cls, a: Architecture, masked: float, passes: float = 1.0, skips: bool = False) -> "FlopsPerToken":
         """
         Args:
             masked: share of the positions at which the head is computed.
             passes: forwards of the denoiser for one row.
+            skips: attention leaves out what block diffusion's mask hides, as FlexAttention does (but for the rest of
+                its tiles, which is not counted).
         """
         halves = 2 if a.groups > 1 else 1  # the block variant runs over [noisy ; clean]
-        blocks = a.layers * _block(a, a.width, halves * a.row_length)
+        seen = (1 + 1 / a.groups) / 4 if skips and a.groups > 1 else 1.0  # of [noisy ; clean] by itself
+        blocks = a.layers * _block(a, a.width, seen * halves * a.row_length)
         readers = (2 if a.prior == "conditional" else 1) if a.latent_width else 0
         encoder = a.encoder_layers * _block(a, a.encoder_width, a.row_length)
-        encoder += 2 * a.encoder_width * 2 * a.latent_width * a.groups / a.row_length
+        latents = max(a.groups, a.documents)  # of a row
+        encoder += 2 * a.encoder_width * 2 * a.latent_width * latents / a.row_length
+        if a.documents > 1:  # the mean of each; the matrix that says which positions are its own gets no gradient
+            encoder += (2 / 3) * 2 * a.documents * a.encoder_width
         return cls(
             denoiser=3 * passes * halves * blocks,
             head=3 * masked * 2 * a.width * a.vocab_size,
             encoder=3 * readers * encoder,
-            latent=passes * _once_a_group(a) * a.groups / a.row_length,
+            latent=passes * (_once_a_group(a) * latents / a.row_length + _given_to_positions(a)),
         )
 
 
@@ -49,8 +55,8 @@ def mlp_width(width: int, ratio: float, kind: str) -> int:
     return 8 * math.ceil(width * ratio * (2 / 3 if kind == "swiglu" else 1) / 8)
 
 
-def _block(a: Architecture, width: int, length: int) -> float:
-    """One layer, one position, forward."""
+def _block(a: Architecture, width: int, length: float) -> float:
+    """One layer, one position that attends to `length` others, forward."""
     matrices = 4 * width * width + (3 if a.mlp == "swiglu" else 2) * width * mlp_width(width, a.mlp_ratio, a.mlp)
     return 2 * matrices + 4 * length * width
 
@@ -68,3 +74,11 @@ def _once_a_group(a: Architecture) -> float:
     if a.time_conditioning:  # the time itself gets no gradient
         flops += (2 + 3) * 2 * condition * condition
     return flops
+
+
+def _given_to_positions(a: Architecture) -> float:
+    """Of rows of several documents: what is a document's given to its positions, forward and backward."""
+    if a.documents == 1 or not a.latent_width:
+        return 0.0
+    width = a.layers * 6 * a.width if a.injection == "adaln" else a.width
+    return 2 * 2 * a.documents * width

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from vmd_scale.config import Config
 from vmd_scale.model import VMD, Architecture
-from vmd_scale.model.head import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS
+from vmd_scale.model.head import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, VOCAB_MULTIPLE
 from vmd_scale.planning.workload import denoiser_passes, masked_share
 
 
@@ -112,7 +112,8 @@ def logits_bytes(
         return chunk * (4 * 3 + (low if low < 4 else 0))
     chunk = min(wanted, GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS)
     # Uncompiled, logits in `low` are made fp32 before their log-probabilities are.
-    return chunk * (low + (8 if low < 4 and not compiled else 4)) + (4 + low) * a.vocab_size * a.width
+    filled_up = low if on_gpu and a.vocab_size % VOCAB_MULTIPLE["cuda"] else 0
+    return chunk * (low + (8 if low < 4 and not compiled else 4)) + (4 + low + filled_up) * a.vocab_size * a.width
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ def _kept(a: Architecture, dtype: torch.dtype, checkpointing: str) -> Kept:
             clean = torch.zeros(n, a.row_length, dtype=torch.int64)
             ratio = torch.zeros(n, a.groups)
             masked = torch.ones(n, a.row_length, dtype=torch.bool)
-            z = torch.zeros(n, a.groups, a.latent_width) if a.latent_width else None
-            of_denoiser = _kept_bytes(lambda: model.denoiser(clean, z, None, ratio, clean))  # noqa: B023
-            of_encoder = _kept_bytes(lambda: model.encode(clean, masked)) if model.encoder else 0  # noqa: B023
+            z = torch.zeros(n, max(a.groups, a.documents), a.latent_width) if a.latent_width else None
+            attend = torch.ones(n, a.row_length, dtype=torch.int32) if a.documents > 1 else None
+            of_denoiser = _kept_bytes(lambda: model.denoiser(clean, z, attend, ratio, clean))  # noqa: B023
+            of_encoder = _kept_bytes(lambda: model.encode(clean, masked, attend)) if model.encoder else 0  # noqa: B023
         found.append((of_denoiser, of_encoder))
     (d, e), (dd, ee) = found
     return Kept(0, (dd - d) / rows, (ee - e) / rows)

@@ -39,7 +39,7 @@ class Plan:
         model = without_memory(a)
         self.denoiser = count_parameters(model.denoiser)
         self.parameters = count_parameters(model)
-        self.flops: FlopsPerToken = flops_of(config, a)
+        self.flops: FlopsPerToken = flops_of(config, a, on_gpu=True)
         self.kept: Kept = kept_of(config, a, precision)
 
     def memory(self, gpus: int, stage: int | None = None, micro_batch: int | None = None) -> Memory:
@@ -165,7 +165,7 @@ def describe_run(
     config: Config, a: Architecture, world_size: int, precision: str, on_gpu: bool, peak: float | None = None
 ) -> str:
     """The text of ``pretrain.py --dry-run``: this run, on the device at hand."""
-    flops, training = flops_of(config, a).total, config.training
+    flops, training = flops_of(config, a, on_gpu).total, config.training
     model = without_memory(a)
     denoiser, parameters = count_parameters(model.denoiser), count_parameters(model)
     tokens = training.steps * training.global_batch * config.data.row_length

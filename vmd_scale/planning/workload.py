@@ -24,5 +24,7 @@ def masked_share(config: Config) -> float:
     return sum(0.5 + 0.5 / T for T in steps) / len(steps)  # mean of k/T over k = 1..T; 1/2 for T = inf
 
 
-def flops_of(config: Config, architecture: Architecture) -> FlopsPerToken:
-    return FlopsPerToken.of(architecture, masked_share(config), denoiser_passes(config))
+def flops_of(config: Config, architecture: Architecture, on_gpu: bool = False) -> FlopsPerToken:
+    """Of a training step; on a GPU, where FlexAttention does not compute what no position of a block sees."""
+    skips = on_gpu and config.model.attention in ("auto", "flash", "flex")
+    return FlopsPerToken.of(architecture, masked_share(config), denoiser_passes(config), skips)

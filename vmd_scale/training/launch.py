@@ -44,9 +44,21 @@ class World:
 
     def any(self, *mine: bool) -> list[bool]:
         """For each question: true on every rank if it is true on any. One small collective."""
+        return self.ask_any(*mine)()
+
+    def ask_any(self, *mine: bool) -> Callable[[], list[bool]]:
+        """The same, without waiting for the others: what is returned is called for the answer.
+
+        Of a thousand ranks it takes tens of milliseconds, in which there may be something else to do.
+        """
         flags = torch.tensor(mine, dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group)
-        return flags.bool().tolist()
+        asked = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+
+        def answer() -> list[bool]:
+            asked.wait()
+            return flags.bool().tolist()
+
+        return answer
 
     def first_problem(self, mine: str | None, group: dist.ProcessGroup | None = None) -> str | None:
         """What went wrong on the lowest rank on which something did; the same answer on every rank.

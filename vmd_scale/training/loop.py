@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class Trainer:
         self.rollbacks, self.stopped = 0, False
         self.owes_evaluation = False  # a stop request has cut short that of the present step
         a = build_architecture(config, tokenizer.vocab_size)
-        self.flops_per_token = flops_of(config, a).total
+        self.flops_per_token = flops_of(config, a, world.device.type == "cuda").total
         self.peak_flops = peak_flops(world.device)
 
     def resume(self) -> int:
@@ -174,9 +175,10 @@ class Trainer:
     def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
         """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
         config, training, shift = self.config, self.config.training, self.skipped_batches
-        if self.owes_evaluation and self._evaluate_and_save(done, telemetry):
+        if self.owes_evaluation and self._evaluate_and_save(done, telemetry, self._ask()):
             return done
         for batches in self.loader.steps(done + shift, training.steps + shift):
+            asked = self._ask()  # answered while the step is computed
             losses = self._step(done, batches, telemetry)
             done += 1
             telemetry.step()
@@ -189,12 +191,16 @@ class Trainer:
                         step = self._roll_back(done, telemetry)
                     if step is not None:
                         return step
-            if self._evaluate_and_save(done, telemetry):
+            if self._evaluate_and_save(done, telemetry, asked):
                 return done
         return done
 
-    def _evaluate_and_save(self, done: int, telemetry: Telemetry) -> bool:
-        """What is due after `done` steps. Returns whether the run stops here, on request."""
+    def _ask(self) -> Callable[[], list[bool]]:
+        """On any rank: is a stop requested, is a checkpoint still being written?"""
+        return self.world.ask_any(self.stop.seen(), self.checkpoints.writing)
+
+    def _evaluate_and_save(self, done: int, telemetry: Telemetry, asked: Callable[[], list[bool]]) -> bool:
+        """What is due after `done` steps. Returns whether the run stops here, on request; `asked` is of `_ask`."""
         training, every = self.config.training, self.config.evaluation.every
         bound, owed = math.inf, self.owes_evaluation
         if owed or (every and done % every == 0):
@@ -203,7 +209,8 @@ class Trainer:
                     bound = self._evaluate(done, telemetry)
                 except StopAgreed:
                     log.warning("step %d: the evaluation is cut short by a stop request; the next start makes it", done)
-        stopping, writing = self.world.any(self.stop.seen() or self.owes_evaluation, self.checkpoints.writing)
+        stopping, writing = asked()
+        stopping |= self.owes_evaluation  # the same on all ranks
         due = stopping or done % training.checkpoint_every == 0 or done == training.steps
         due |= owed or bound < self.checkpoints.best_bound
         with self.watch.paused():

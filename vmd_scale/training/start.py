@@ -43,7 +43,7 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_deepspeed_keys(config)
     deepspeed_config(config, world_size or world_size_from_environment(), resolve_precision(config, device))
-    if config.model.attention == "flash" and not flash_available():
+    if config.model.attention == "flash" and not flash_available(config.model.width // config.model.heads):
         raise UserError("model.attention 'flash' needs a GPU and flash-attn (pip install flash-attn); or use 'auto'")
     if config.training.fp8:
         check_fp8(resolve_precision(config, device))
