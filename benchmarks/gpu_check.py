@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -255,8 +256,8 @@ class Check:
         index, weight = torch.arange(0, rows * length, 2, device=self.device), torch.ones(rows, 1, device=self.device)
 
         def ours(multiple: int) -> object:
-            head.VOCAB_MULTIPLE[self.device.type] = multiple
-            total = head.weighted_nll(hidden, targets, index, matrix, weight, compiled=not self.tiny)
+            with patch.dict(head.VOCAB_MULTIPLE, {self.device.type: multiple}):
+                total = head.weighted_nll(hidden, targets, index, matrix, weight, compiled=not self.tiny)
             return torch.autograd.grad(total, (hidden, matrix))
 
         cases: dict[str, Callable[[], object]] = {
