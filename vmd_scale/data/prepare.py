@@ -63,6 +63,7 @@ def prepare(
             settings; another process that is writing there.
         RunFailed: a worker process was killed, or a source out of reach. Finished shards are kept; call again to go on.
     """
+    find_corpus(config)  # or an error: a name that does not exist is not merely another than that of the shards
     tokenizer = load_tokenizer(config.tokenizer)
     check_packing(config, tokenizer)
     if is_remote(config.shards):

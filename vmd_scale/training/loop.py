@@ -1,5 +1,6 @@
 """The training loop: next batch, loss, backward, step, EMA, log, maybe evaluate, maybe save."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -76,11 +77,6 @@ class Trainer:
         manifests = world.from_main(lambda: manifests_of(config.data))
         self.contents = contents_of(manifests)
         self.reader, self.order = training_rows(config.data, training.seed, manifests)
-        self.validation_rows: ShardReader | None = None
-        if config.evaluation.every:
-            self.validation_rows = ShardReader(
-                config.data.shards, "validation", manifests[0], check_sizes=False, cache=shard_cache(config.data)
-            )
         self.loader = TrainLoader(
             self.reader,
             self.order,
@@ -104,6 +100,11 @@ class Trainer:
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = flops_of(config, a, world.device.type == "cuda").total
         self.peak_flops = peak_flops(world.device)
+
+    @functools.cached_property
+    def validation_rows(self) -> ShardReader:
+        data, manifest = self.config.data, self.reader.manifest
+        return ShardReader(data.shards, "validation", manifest, check_sizes=False, cache=shard_cache(data))
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one. Returns the number of completed steps."""
@@ -360,7 +361,6 @@ class Trainer:
         self.owes_evaluation = True
         self._go_on()
         self.engine.eval()
-        assert self.validation_rows is not None
         weights, model = "raw" if self.ema is None else "ema", self.engine.module
         ranks = Ranks(self.world.rank, self.world.size, self.world.host_group)
         try:
