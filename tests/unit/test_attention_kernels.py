@@ -14,6 +14,7 @@ from vmd_scale.model.attention import (
     choose_kernel,
     document_boundaries,
     flash_kernels,
+    kernel_name,
     rotary_table,
 )
 from vmd_scale.model.documents import attention_mask, members_of
@@ -48,6 +49,7 @@ def test_the_log_names_the_kernel_that_really_runs(monkeypatch):
     assert model.attention_kernels(torch.bfloat16, padded=False) == {"denoiser": "flex", "encoder": "flash-attn 3"}
     for dtype, padded in ((torch.float32, False), (torch.bfloat16, True)):
         assert model.attention_kernels(dtype, padded) == {"denoiser": "flex", "encoder": "PyTorch SDPA"}
+    assert kernel_name(Flash(module.OWN, None, None)) != kernel_name("sdpa")  # which has a mask for documents
     model = VMD(architecture(attention="reference", latent_width=0))
     assert model.attention_kernels(torch.float32, padded=False) == {"denoiser": "reference"}
 

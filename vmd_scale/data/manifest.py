@@ -81,11 +81,11 @@ class Manifest(Record):
 
     def described(self, split: str) -> str:
         """What must be the same in two folders for figures of a split to compare: how rows were made, and of what."""
-        record, specials = self.splits[split], ", row specials" if self.row_specials else ""
+        specials = ", row specials" if self.row_specials else ""
+        content = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.content(split).items())
         return (
             f"{self.corpus}, normalizer {self.normalizer}, tokenizer {self.tokenizer_fingerprint[:12]} of "
-            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}, {record.rows} rows, "
-            f"{record.counted_tokens} tokens, unigram entropy {record.unigram_entropy:.6f}"
+            f"{self.vocab_size}, {self.packing} {self.row_length}{specials}, {content}"
         )
 
     def content(self, split: str) -> dict[str, float]:

@@ -76,8 +76,7 @@ def evaluate_generation(
     text_end = end_of_text(trained.tokenizer)
     real = real_samples(reader, count, trained.tokenizer)
     reference = _features(judge, real, ranks)
-    of = {"split": reader.split, "data": reader.manifest.described(reader.split)}
-    results = [_result(trained, None, judge, real, seed, ranks, reference, of)]
+    results = [_result(trained, None, judge, reader, real, seed, ranks, reference)]
     for sampler in samplers:
         mine = torch.arange(count)[ranks.rank :: ranks.size]
         rows: dict[int, list[int]] = {}
@@ -86,7 +85,7 @@ def evaluate_generation(
             rows |= dict(zip(some.tolist(), drawn.tolist(), strict=True))
         rows = {number: ids for share in _gathered(rows, ranks) for number, ids in share.items()}
         samples = [as_judged(np.array(rows[n]), trained.tokenizer, text_end) for n in range(count)]
-        results.append(_result(trained, sampler, judge, samples, seed, ranks, reference, of))
+        results.append(_result(trained, sampler, judge, reader, samples, seed, ranks, reference))
     return results
 
 
@@ -163,11 +162,11 @@ def _result(
     trained: TrainedModel,
     sampler: Sampler | None,
     judge: Judge,
+    reader: ShardReader,
     samples: Sequence[Sample],
     seed: int,
     ranks: Ranks,
     reference: np.ndarray | None,
-    of: dict[str, str],
 ) -> GenerationResult:
     shares = _gathered(judge.score(samples[ranks.rank :: ranks.size]), ranks)
     nats, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
@@ -199,7 +198,8 @@ def _result(
         step=trained.step,
         seed=seed,
         row_length=trained.model.architecture.row_length,
-        **of,
+        split=reader.split,
+        data=reader.manifest.described(reader.split),
         changes="" if sampler is None or sampler.is_plain else _changes(sampler),
         mauve=mauve,
     )

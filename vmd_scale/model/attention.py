@@ -57,7 +57,7 @@ class Flash(NamedTuple):
     device: str = "cuda"
 
 
-OWN = "PyTorch SDPA"
+OWN = "PyTorch's flash attention"
 MODULES = {"flash-attn 4": "flash_attn.cute", "flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
