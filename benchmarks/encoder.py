@@ -3,8 +3,8 @@
     python benchmarks/encoder.py --json encoder.json                                the quickstart's characters
     python benchmarks/encoder.py --encoder 1x64 --encoder 2x128 --set training.steps=3000
 
-Each encoder, LAYERSxWIDTH, is trained by pretrain.py from the same configuration, with each of the seeds. `share` is
-the encoder's part of the FLOPs of a step.
+Each encoder, LAYERSxWIDTH, is trained by pretrain.py from the same configuration, with each of the seeds; `none` has no
+latent. `share` is the encoder's part of the FLOPs of a step; in brackets the spread over the seeds.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def main() -> None:
     common = [*SETTINGS, f"data.shards={args.folder / 'shards'}", *args.set]
     report = Report(__doc__, args.json, settings=common, seeds=args.seeds)
     rows, encoders = [], {}
-    for encoder in args.encoder or ["1x32", "1x64", "1x128", "2x128", "4x128"]:
-        layers, width = encoder.split("x")
-        settings = [*common, f"latent.encoder_layers={layers}", f"latent.encoder_width={width}"]
+    for encoder in args.encoder or ["none", "1x32", "1x64", "1x128", "2x128", "4x128"]:
+        settings = [*common, *settings_of(encoder)]
         bounds = [train(settings, seed, args.folder / f"{encoder}-{seed}") for seed in range(args.seeds)]
         found = {steps: [of_seed[steps] for of_seed in bounds] for steps in bounds[0]}
         config = load_config(CONFIG, settings)
@@ -56,6 +55,13 @@ def main() -> None:
         rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
         report.save("encoders", encoders)
     report.add("encoders", encoders, table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
+
+
+def settings_of(encoder: str) -> list[str]:
+    if encoder == "none":
+        return ["latent.width=0"]
+    layers, width = encoder.split("x")
+    return [f"latent.encoder_layers={layers}", f"latent.encoder_width={width}"]
 
 
 def train(settings: list[str], seed: int, run: Path) -> dict[str, float]:

@@ -1,15 +1,24 @@
 """The memory that `launchers/plan.py` predicts beside what a real DeepSpeed step takes, by ZeRO stage and precision.
 
-    python benchmarks/memory.py --zero 1 --precision fp32
-    deepspeed --num_gpus 2 benchmarks/memory.py --zero 2 --precision bf16 --set model.width=768
+    python benchmarks/memory.py --ranks 2 --json memory.json
+    python benchmarks/memory.py --ranks 2 --set model.width=768
+    deepspeed --num_gpus 2 benchmarks/memory.py --zero 2 --precision bf16       one case alone
 
-`kept` lives between steps (weights, optimizer, EMA, gradients that are kept), `peak` is the most at once in a step.
+Of rank 0, in bytes of tensors: `kept` lives between steps (weights, optimizer, EMA, gradients that are kept), `peak` is
+the most at once in a step. `accumulated` are the micro-batches of a step; a small `bucket` (elements, of gradients that
+are reduced at once) is what a large model has in proportion.
 """
 
 import argparse
 import gc
+import json
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from comparing import Report, table
@@ -50,14 +59,50 @@ def bytes_alive() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="this case alone, on the ranks there are")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    chosen = [f"deepspeed.zero_optimization.stage={args.zero}", f"training.precision={args.precision}"]
-    config = load_config(CONFIG, [*SETTINGS, *chosen, *args.set])
+    if args.zero is None:
+        report = Report(__doc__, args.json, ranks=args.ranks)
+        found = all_cases(args.ranks, args.set)
+        report.add("memory", found, table(COLUMNS, [[case[column] for column in COLUMNS] for case in found]))
+        return
+    case = one_case(args.zero, args.precision, args.set)
+    if case is not None:
+        Report(__doc__, args.json).add("memory", case, table(("", "bytes, or value"), list(case.items())))
+    leave_world()
+
+
+COLUMNS = ("zero", "precision", "accumulated", "bucket", "kept", "peak", "predicted", "predicted / peak")
+
+
+def all_cases(ranks: int, settings: list[str]) -> list[dict[str, Any]]:
+    """Each in processes of its own, which no other case has left anything in."""
+    found = []
+    for stage, precision, (accumulated, bucket) in product(range(4), ("fp32", "bf16"), ((1, ""), (2, ""), (1, "2e6"))):
+        if (stage == 0 and bucket) or (stage, precision) == (0, "bf16"):
+            continue  # there is none; DeepSpeed cannot
+        changes = [*settings, "training.micro_batch=4", f"training.global_batch={4 * ranks * accumulated}"]
+        changes += [f"deepspeed.zero_optimization.reduce_bucket_size={bucket}"] if bucket else []
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "case.json"
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), __file__]
+            command += ["--zero", str(stage), "--precision", precision, "--json", str(file)]
+            command += [part for change in changes for part in ("--set", change)]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            case = json.loads(file.read_text())["memory"]
+        found.append({**case, "accumulated": accumulated, "bucket": bucket})
+    return found
+
+
+def one_case(stage: int, precision: str, settings: list[str]) -> dict[str, Any] | None:
+    """On rank 0."""
+    chosen = [f"deepspeed.zero_optimization.stage={stage}", f"training.precision={precision}"]
+    config = load_config(CONFIG, [*SETTINGS, *chosen, *settings])
     step = RealStep(config, FOLDER / "run")
     world = step.world
     for _ in range(2):
@@ -65,20 +110,20 @@ def main() -> None:
     kept = bytes_alive()
     peak = kept + peak_bytes(step, world.device)
     architecture = build_architecture(config, step.tokenizer.vocab_size)
-    predicted = memory_of(config, architecture, world.size, args.precision, world.device.type == "cuda")
-    counts = {
-        "zero": args.zero,
-        "precision": args.precision,
+    predicted = memory_of(config, architecture, world.size, precision, world.device.type == "cuda")
+    if not world.is_main:
+        return None
+    return {
+        "zero": stage,
+        "precision": precision,
         "ranks": world.size,
         "parameters": step.parameters,
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "predicted_of_peak": predicted.total / peak,
+        "kept": kept,
+        "peak": peak,
+        "predicted": predicted.total,
+        "predicted / peak": predicted.total / peak,
+        **asdict(predicted),
     }
-    if world.is_main:
-        text = table(("", "bytes, or value"), [*counts.items(), *asdict(predicted).items()])
-        Report(__doc__, args.json).add("memory", {**counts, "predicted": asdict(predicted)}, text)
-    leave_world()
 
 
 if __name__ == "__main__":

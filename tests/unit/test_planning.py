@@ -1,23 +1,26 @@
 """Plans on paper against what PyTorch counts and the allocator sees; learning rates; where a rank finds its master."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmd_scale.build import build_architecture, build_model, build_objective
 from vmd_scale.config_file import parse_config
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
-from vmd_scale.model import head
+from vmd_scale.model import VMD, head
 from vmd_scale.model.attention import block_diffusion_mask
 from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
+from vmd_scale.planning.activations import activations_of_row, count_parameters, without_memory
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPUS, peak_flops
-from vmd_scale.planning.memory import activations_of_row, count_parameters, logits_bytes, memory_of, without_memory
+from vmd_scale.planning.memory import logits_bytes, memory_of
 from vmd_scale.planning.peaks import peak_bytes
 from vmd_scale.planning.plan import Plan
 from vmd_scale.planning.workload import denoiser_passes, masked_share
@@ -156,6 +159,7 @@ def test_predicted_memory_is_the_measured_peak(name):
     """Of forward and backward, above weights and what an optimizer keeps: activations, logits and gradients."""
     vocabulary, changes = SHAPES[name]
     changes = {**changes, "model": {"layers": 4, "attention": "sdpa", **changes.get("model", {})}}
+    changes["deepspeed"] = {"zero_optimization": {"stage": 0}}  # no buffers
     config = config_of(**{**changes, "training": {"micro_batch": 8, **changes.get("training", {})}})
     model = build_model(config, vocabulary)
     model.checkpoint_activations(config.training.activation_checkpointing)
@@ -203,6 +207,32 @@ def test_activations_grow_with_layers_and_shrink_with_checkpointing():
     assert kept[3, "none"] == pytest.approx(one, rel=0.1)
     assert 4 * kept[6, "full"] < kept[6, "selective"] < 0.7 * kept[6, "none"]
     assert kept[6, "full"] >= 6 * 128 * 128 * 4  # the blocks' inputs
+
+
+def test_compiled_blocks_keep_what_the_compiler_is_asked_about():
+    """Counted on tensors without memory; here really compiled and run."""
+    a = build_architecture(config_of(model={"layers": 1, "attention": "sdpa"}), 27)
+    counted = activations_of_row(a, torch.float32, "none", compiled=True).denoiser
+    assert counted < 0.95 * activations_of_row(a, torch.float32, "none").denoiser
+    measured = []
+    for rows in (2, 4):
+        model = VMD(a)
+        for block in model.stacks[0]:
+            block.compile(dynamic=False)
+        clean = torch.zeros(rows, a.row_length, dtype=torch.int64)
+        z, ratio = torch.zeros(rows, a.groups, a.latent_width), torch.zeros(rows, a.groups)
+        forward = functools.partial(model.denoiser, clean, z, None, ratio, clean)
+        forward()
+        measured.append(kept_bytes(forward))
+    assert counted == pytest.approx((measured[1] - measured[0]) / 2, rel=0.02)
+
+
+def kept_bytes(forward):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = forward()
+    events = profiler.profiler.kineto_results.events()
+    del result
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,7 +16,7 @@ from vmd_scale.data.corpora.four_tokens import four_tokens_distribution
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
-from vmd_scale.planning.memory import count_parameters, without_memory
+from vmd_scale.planning.activations import count_parameters, without_memory
 from vmd_scale.reproduction import runs
 from vmd_scale.reproduction.measures import count_rows, exact_bound, js_divergence, kl_divergence
 from vmd_scale.reproduction.page import rows_of, write_page

@@ -1,23 +1,16 @@
 """Memory of a rank, by part.
 
 What depends on the number of parameters follows from the precision and the ZeRO stage. What the backward pass needs is
-not estimated but counted: the networks run once on tensors without memory, and autograd says what it keeps.
+not estimated but counted (see planning/activations.py).
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from vmd_scale.config import Config
-from vmd_scale.model import VMD, Architecture
+from vmd_scale.model import Architecture
 from vmd_scale.model.head import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, VOCAB_MULTIPLE
+from vmd_scale.planning.activations import Kept, kept_of, without_memory
 from vmd_scale.planning.workload import denoiser_passes, masked_share
 
 
@@ -38,18 +31,8 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def count_parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-
-def without_memory(a: Architecture) -> VMD:
-    """The network, to be counted."""
-    with torch.device("meta"):
-        return VMD(a)
-
-
 def memory_of(
-    config: Config, a: Architecture, world_size: int, precision: str, on_gpu: bool, kept: "Kept | None" = None
+    config: Config, a: Architecture, world_size: int, precision: str, on_gpu: bool, kept: Kept | None = None
 ) -> Memory:
     """
     Args:
@@ -60,21 +43,23 @@ def memory_of(
     stage, rows = config.zero_stage, config.training.micro_batch
     low = 2 if precision == "bf16" else 4
     shard = {part: world_size if stage >= first else 1 for part, first in SHARDED_FROM.items()}
-    kept = kept or kept_of(config, a, precision)
+    kept = kept or kept_of(config, a, precision, on_gpu)
     parameters = kept.parameters
     # Muon has one moment, Adam two. Its workspace, of one matrix at a time, comes after the activations and is smaller.
     by_muon = sum(p.numel() for p in without_memory(a).hidden_matrices) if config.training.optimizer == "muon" else 0
-    bucket = float(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET))
     activations = rows * (denoiser_passes(config) * (kept.denoiser + kept.recomputed) + kept.encoder)
     compiled = on_gpu and config.training.compile
     weighted = config.diffusion.objective != "iw"
     logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, weighted, stage, compiled)
+    alone = config.training.global_batch <= rows * world_size
+    in_bucket = stage in (1, 2) and low == 4 and alone  # nothing is accumulated: gradients have no other place
+    zero = config.deepspeed.get("zero_optimization", {})
     return Memory(
         weights=low * parameters / shard["weights"],
-        gradients=4 * parameters / shard["gradients"],
+        gradients=0.0 if in_bucket else 4 * parameters / shard["gradients"],
         optimizer=((8 + (4 if stage > 0 else 0)) * parameters - 4 * by_muon) / shard["optimizer"],
         ema=(4 * parameters / shard["optimizer"]) if config.training.ema_decay else 0.0,
-        buffers=buffers_of(stage, low, parameters, bucket, activations + logits),
+        buffers=buffers_of(stage, low, parameters, world_size, zero, activations + logits, on_gpu),
         activations=activations,
         logits=logits,
     )
@@ -82,21 +67,42 @@ def memory_of(
 
 # ZeRO (arXiv 1910.02054): the stage from which on each rank holds 1/N of it.
 SHARDED_FROM = {"weights": 3, "gradients": 2, "optimizer": 1}
-BUCKET = 500_000_000  # elements, DeepSpeed's default; the engine asks for no more than there are parameters
+# DeepSpeed's defaults, in elements. The engine asks for no larger bucket than there are parameters.
+BUCKET = 500_000_000
+DEFAULTS = {
+    "reduce_bucket_size": BUCKET,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+}
 
 
-def buffers_of(stage: int, low: int, parameters: int, bucket: float, freed: float) -> float:
-    """Where gradients travel in DeepSpeed 0.19, as benchmarks/memory.py finds it.
+def buffers_of(
+    stage: int, low: int, parameters: int, ranks: int, zero: dict[str, Any], freed: float, on_gpu: bool
+) -> float:
+    """Where gradients and weights travel in DeepSpeed 0.19, as benchmarks/memory.py finds it.
 
-    Stage 0, and stage 1 in bf16, flatten them in fp32 after the backward pass, when `freed` bytes of activations are
-    gone; the latter has those in bf16 beside, twice. The others fill a bucket meanwhile, with the gradients that wait
-    for it.
+    The peak is before the backward pass, which frees `freed` bytes, or when gradients are reduced: the first time,
+    after a share `done` of the backward pass, or the last time. This is what either takes above the former without
+    buffers.
     """
-    in_bucket = min(bucket, parameters)
-    if stage == 0 or (stage == 1 and low < 4):
-        beside = 2 * low * parameters if stage == 1 else 0
-        return beside + max(0.0, 4 * in_bucket - freed)
-    return low * in_bucket * (1 if stage == 1 else 2)
+    bucket, prefetched, live = (min(float(zero.get(key, value)), parameters) for key, value in DEFAULTS.items())
+    done = bucket / parameters
+    all_at_once = 4 * min(BUCKET, parameters)  # flattened in fp32 when the backward pass has ended
+    if stage == 0:
+        return max(0.0, all_at_once - freed)
+    if stage == 1 and low < 4:  # beside them, those in bf16
+        return max(0.0, low * parameters + all_at_once - freed)
+    if stage == 1:
+        not_yet_reduced = low * (parameters - bucket)
+        return low * bucket + max(0.0, low * parameters - freed, not_yet_reduced + low * parameters / ranks - freed)
+    if stage == 2:
+        travelling = (low + (4 if low < 4 else 0)) * bucket  # a copy of the bucket, and its sum in fp32
+        first = low * parameters / ranks if low == 4 else 0.0  # the shard, where it was not there before
+        return low * bucket + max(0.0, travelling - done * freed, first - done * freed)
+    # Weights that were gathered stay until their last use; gloo's reduce-scatter makes a copy.
+    gathered = low * live
+    reduced = (1 - done) * (gathered + freed) + (4 if on_gpu else 8) * bucket
+    return 4 * bucket + max(gathered + low * prefetched, reduced - freed)
 
 
 def logits_bytes(
@@ -114,89 +120,3 @@ def logits_bytes(
     # Uncompiled, logits in `low` are made fp32 before their log-probabilities are.
     filled_up = low if on_gpu and a.vocab_size % VOCAB_MULTIPLE["cuda"] else 0
     return chunk * (low + (8 if low < 4 and not compiled else 4)) + (4 + low + filled_up) * a.vocab_size * a.width
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Number of parameters, and bytes that the backward pass needs of the forward pass of one row."""
-
-    parameters: int
-    denoiser: float
-    encoder: float  # with a conditional prior's
-    recomputed: float = 0.0  # of one layer at a time, with activation checkpointing
-
-
-def kept_of(config: Config, a: Architecture, precision: str) -> Kept:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return activations_of_row(a, dtype, config.training.activation_checkpointing)
-
-
-def activations_of_row(a: Architecture, dtype: torch.dtype, checkpointing: str) -> Kept:
-    """What autograd keeps. All layers are alike: two small networks tell what any number of them keeps."""
-    shallow, deep = (_kept(replace(a, layers=n, encoder_layers=n), dtype, checkpointing) for n in (1, 2))
-    recomputed = 0.0
-    if checkpointing != "none":
-        one, two = (_kept(replace(a, layers=n), dtype, "none") for n in (1, 2))
-        recomputed = two.denoiser - one.denoiser - (deep.denoiser - shallow.denoiser)
-    return Kept(
-        recomputed=recomputed,
-        parameters=count_parameters(without_memory(a)),
-        denoiser=shallow.denoiser + (a.layers - 1) * (deep.denoiser - shallow.denoiser),
-        encoder=shallow.encoder + (a.encoder_layers - 1) * (deep.encoder - shallow.encoder),
-    )
-
-
-def _kept(a: Architecture, dtype: torch.dtype, checkpointing: str) -> Kept:
-    rows = 2  # what does not grow with the rows cancels
-    found = []
-    for n in (rows, 2 * rows):
-        with FakeTensorMode():
-            model = _in(dtype, a)
-            model.checkpoint_activations(checkpointing)
-            clean = torch.zeros(n, a.row_length, dtype=torch.int64)
-            ratio = torch.zeros(n, a.groups)
-            masked = torch.ones(n, a.row_length, dtype=torch.bool)
-            z = torch.zeros(n, max(a.groups, a.documents), a.latent_width) if a.latent_width else None
-            attend = torch.ones(n, a.row_length, dtype=torch.int32) if a.documents > 1 else None
-            of_denoiser = _kept_bytes(lambda: model.denoiser(clean, z, attend, ratio, clean))  # noqa: B023
-            of_encoder = _kept_bytes(lambda: model.encode(clean, masked, attend)) if model.encoder else 0  # noqa: B023
-        found.append((of_denoiser, of_encoder))
-    (d, e), (dd, ee) = found
-    return Kept(0, (dd - d) / rows, (ee - e) / rows)
-
-
-def _in(dtype: torch.dtype, a: Architecture) -> VMD:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return VMD(a)
-    finally:
-        torch.set_default_dtype(before)
-
-
-class _Live(TorchDispatchMode):
-    """Sees every tensor that is made inside; `bytes` is what of it is still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    @property
-    def bytes(self) -> int:
-        return sum(size for reference, size in self._storages.values() if not reference.expired())
-
-
-def _kept_bytes(forward: Callable[[], object]) -> int:
-    with _Live() as live:
-        result = forward()
-        found = live.bytes
-    del result
-    return found

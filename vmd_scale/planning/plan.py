@@ -6,10 +6,11 @@ from typing import Any
 
 from vmd_scale.config import Config
 from vmd_scale.model import Architecture
+from vmd_scale.planning.activations import Kept, count_parameters, kept_of, without_memory
 from vmd_scale.planning.communication import seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPU
-from vmd_scale.planning.memory import Kept, Memory, count_parameters, kept_of, memory_of, without_memory
+from vmd_scale.planning.memory import Memory, memory_of
 from vmd_scale.planning.workload import flops_of
 
 MIB, GIB = 2**20, 2**30
@@ -40,7 +41,7 @@ class Plan:
         self.denoiser = count_parameters(model.denoiser)
         self.parameters = count_parameters(model)
         self.flops: FlopsPerToken = flops_of(config, a, on_gpu=True)
-        self.kept: Kept = kept_of(config, a, precision)
+        self.kept: Kept = kept_of(config, a, precision, on_gpu=True)
 
     def memory(self, gpus: int, stage: int | None = None, micro_batch: int | None = None) -> Memory:
         config = _with(self.config, stage, micro_batch)

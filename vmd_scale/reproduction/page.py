@@ -8,7 +8,7 @@ import numpy as np
 
 from vmd_scale.build import build_architecture
 from vmd_scale.files import write_atomically, write_json
-from vmd_scale.planning.memory import count_parameters, without_memory
+from vmd_scale.planning.activations import count_parameters, without_memory
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.provenance import command
 from vmd_scale.reproduction.runs import Job, Measured

@@ -1,0 +1,165 @@
+"""What the backward pass needs of the forward pass, counted rather than estimated.
+
+The networks run once on tensors without memory, and autograd says what it keeps; or, where blocks are compiled, the
+compiler says what it would.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vmd_scale.config import Config
+from vmd_scale.model import VMD, Architecture
+
+ROWS = (2, 4)  # what does not grow with them, as parameters, cancels
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def without_memory(a: Architecture) -> VMD:
+    """The network, to be counted."""
+    with torch.device("meta"):
+        return VMD(a)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Number of parameters, and bytes that the backward pass needs of the forward pass of one row."""
+
+    parameters: int
+    denoiser: float
+    encoder: float  # with a conditional prior's
+    recomputed: float = 0.0  # of one layer at a time, with activation checkpointing
+
+
+def kept_of(config: Config, a: Architecture, precision: str, on_gpu: bool) -> Kept:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    compiled = on_gpu and config.training.compile
+    return activations_of_row(a, dtype, config.training.activation_checkpointing, compiled)
+
+
+@functools.cache
+def activations_of_row(a: Architecture, dtype: torch.dtype, checkpointing: str, compiled: bool = False) -> Kept:
+    """All layers are alike: two small networks tell what any number of them keeps."""
+    one, two = (_of_eager(replace(a, layers=n, encoder_layers=n), dtype, checkpointing) for n in (1, 2))
+    block = tuple(more - less for more, less in zip(two, one, strict=True))
+    outside = tuple(less - of_block for less, of_block in zip(one, block, strict=True))
+    recomputed = 0.0
+    if checkpointing != "none":
+        one, two = (_of_eager(replace(a, layers=n), dtype, "none") for n in (1, 2))
+        recomputed = two[0] - one[0] - block[0]
+    elif compiled:
+        block = _of_compiled_blocks(replace(a, layers=1, encoder_layers=1), dtype)
+    return Kept(
+        recomputed=recomputed,
+        parameters=count_parameters(without_memory(a)),
+        denoiser=outside[0] + a.layers * block[0],
+        encoder=outside[1] + a.encoder_layers * block[1],
+    )
+
+
+PerRow = tuple[float, ...]  # of the denoiser, and of the encoder
+
+
+def _of_eager(a: Architecture, dtype: torch.dtype, checkpointing: str) -> PerRow:
+    def count(model: VMD, network: Callable[[], object]) -> int:
+        model.checkpoint_activations(checkpointing)
+        return _kept_bytes(network)
+
+    return _per_row(a, dtype, count)
+
+
+def _of_compiled_blocks(a: Architecture, dtype: torch.dtype) -> PerRow:
+    """As the compiler cuts forward from backward: it keeps less than autograd, and computes the rest again."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    def count(model: VMD, network: Callable[[], object]) -> int:
+        found = []
+
+        def forward(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+            _, *kept = tree_leaves(graph.graph.output_node().args)  # the block's result comes first
+            storages = [node.meta["val"].untyped_storage() for node in kept]
+            found.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
+            return graph.forward
+
+        backend = aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=lambda graph, _: graph.forward,
+            partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+            decompositions=select_decomp_table(),
+        )
+        torch._dynamo.reset()  # else, after a few counts, blocks of one more shape would run uncompiled
+        for stack in model.stacks:
+            for block in stack:
+                block.compile(backend=backend, dynamic=False)
+        network()
+        return sum(found)
+
+    return _per_row(a, dtype, count)
+
+
+def _per_row(a: Architecture, dtype: torch.dtype, count: Callable[[VMD, Callable[[], object]], int]) -> PerRow:
+    """What `count` finds of a network, with each of the two numbers of rows."""
+    found = []
+    for rows in ROWS:
+        with FakeTensorMode():
+            model = _in(dtype, a)
+            clean = torch.zeros(rows, a.row_length, dtype=torch.int64)
+            ratio = torch.zeros(rows, a.groups)
+            masked = torch.ones(rows, a.row_length, dtype=torch.bool)
+            z = torch.zeros(rows, max(a.groups, a.documents), a.latent_width) if a.latent_width else None
+            attend = torch.ones(rows, a.row_length, dtype=torch.int32) if a.documents > 1 else None
+            of_denoiser = count(model, lambda: model.denoiser(clean, z, attend, ratio, clean))  # noqa: B023
+            of_encoder = count(model, lambda: model.encode(clean, masked, attend)) if model.encoder else 0  # noqa: B023
+        found.append((of_denoiser, of_encoder))
+    less, more = found
+    return tuple((m - n) / (ROWS[1] - ROWS[0]) for n, m in zip(less, more, strict=True))
+
+
+def _in(dtype: torch.dtype, a: Architecture) -> VMD:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return VMD(a)
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Live(TorchDispatchMode):
+    """Sees every tensor that is made inside; `bytes` is what of it is still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for reference, size in self._storages.values() if not reference.expired())
+
+
+def _kept_bytes(forward: Callable[[], object]) -> int:
+    with _Live() as live:
+        result = forward()
+        found = live.bytes
+    del result
+    return found
