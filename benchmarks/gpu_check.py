@@ -10,13 +10,9 @@ written after every part, so that a time limit loses nothing; a part that would 
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
-import random
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from comparing import in_turns, medians, ratio, seconds_of, table  # noqa: E402
+from comparing import Times, in_turns, medians, ratio, seconds_of, table  # noqa: E402
 from isolated import Parts, Skipped, run_parts, verdict  # noqa: E402
-from workload import LATENT_WIDTH, BareStep, shape  # noqa: E402
+from real_runs import resumed, trained  # noqa: E402
+from workload import BareStep, shape  # noqa: E402
 
 from vmd_scale.diffusion.noise import Noise  # noqa: E402
 from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
@@ -49,6 +46,7 @@ from vmd_scale.planning.flops import FlopsPerToken  # noqa: E402
 from vmd_scale.planning.hardware import peak_flops  # noqa: E402
 from vmd_scale.planning.peaks import peak_bytes  # noqa: E402
 from vmd_scale.provenance import provenance  # noqa: E402
+from vmd_scale.training.fp8 import convert_to_fp8  # noqa: E402
 
 GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py")
 GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_planning.py", "test_fp8.py")
@@ -79,10 +77,14 @@ class Check:
     def rows(self, size: str) -> int:
         return 2 if self.tiny else {"110M": 32, "1B": 16}[size]
 
-    def step(self, size: str, latent: bool, compiled: bool = True, **changes: Any) -> BareStep:
+    def step(self, size: str, latent: bool, compiled: bool = True, fp8: bool = False, **changes: Any) -> BareStep:
         torch._dynamo.reset()
         a = replace(self.shape(size, latent), **changes)
-        return BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled and not self.tiny)
+        model = VMD(a).to(self.device, self.dtype)
+        if fp8:
+            convert_to_fp8(model)
+        compiled = compiled and not self.tiny
+        return BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled, model=model)
 
     def parts(self) -> Parts:
         """In the order of what is wanted most; with guesses of the seconds that a part takes."""
@@ -100,6 +102,8 @@ class Check:
             "sampling": (self.sampling, 60),
             "resume": (self.resume, 60),
             "110M without compile": (lambda: self.throughput("110M", compiled=False), 20),
+            "110M by kernel": (self.by_kernel, 60),
+            "trainer 110M, Muon": (lambda: self.trainer(optimizer="muon"), 80),
             "checkpointing": (self.checkpointing, 60),
         }
 
@@ -139,80 +143,14 @@ class Check:
         return {"ok": done.returncode == 0, "files": names, "end": done.stdout.strip().splitlines()[-20:]}
 
     def resume(self) -> dict[str, Any]:
-        """ZeRO-1: six steps against three, a checkpoint and three more; bit for bit."""
         need("deepspeed", "pydantic")
-        with tempfile.TemporaryDirectory() as name:
-            folder, losses = Path(name), {}
-            for run, stops in (("whole", (6,)), ("resumed", (3, 6))):
-                for steps in stops:
-                    settings = {
-                        "data.shards": folder / "shards",
-                        "data.row_length": 64 if self.tiny else 1024,  # a short row's gradient is always the same
-                        "training.steps": steps,
-                        "training.warmup_steps": 2,
-                        "training.lr_schedule": "constant",
-                        "training.global_batch": 8,
-                        "training.micro_batch": 4,
-                        "training.precision": "fp32" if self.tiny else "bf16",
-                        "training.checkpoint_every": 3,
-                        "evaluation.every": "null",
-                        "telemetry.log_every": 1,
-                    }
-                    self.pretrain(folder / run, settings, timeout=120)
-                records = (folder / run / "metrics.jsonl").read_text().splitlines()
-                losses[run] = [json.loads(record)["loss"] for record in records]
-        apart = max(abs(a - b) for a, b in zip(losses["whole"], losses["resumed"], strict=True))
-        return {"ok": apart == 0, "largest difference": apart, **losses}
+        return resumed(self.tiny)
 
-    def trainer(self) -> dict[str, Any]:
-        """The real thing: pretrain.py at 110 M, ZeRO-1, its loader, loop and telemetry; medians of what it logs."""
+    def trainer(self, optimizer: str = "adamw") -> dict[str, Any]:
         need("deepspeed", "pydantic")
-        layers, width, heads, length, vocab, rows, steps = (12, 768, 12, 1024, 50_257, 32, 60)
-        if self.tiny:
-            layers, width, heads, length, vocab, rows, steps = (2, 32, 2, 32, 300, 2, 12)
-        with tempfile.TemporaryDirectory() as name:
-            folder, generator = Path(name), random.Random(0)
-            text = folder / "numbers.txt"
-            rows_of_text = (" ".join(str(generator.randrange(vocab)) for _ in range(length)) for _ in range(256))
-            text.write_text("\n\n".join(rows_of_text))
-            settings = {
-                "data.source": text,
-                "data.corpus": "text",
-                "data.normalizer": "none",
-                "data.tokenizer": f"symbols:{vocab}",
-                "data.shards": folder / "shards",
-                "data.row_length": length,
-                "model.layers": layers,
-                "model.width": width,
-                "model.heads": heads,
-                "latent.width": LATENT_WIDTH,
-                "latent.encoder_layers": max(1, layers // 4),
-                "latent.encoder_width": width // 2,
-                "diffusion.objective": "vmd",
-                "training.steps": steps,
-                "training.global_batch": rows,
-                "training.micro_batch": rows,
-                "training.precision": "fp32" if self.tiny else "bf16",
-                "training.checkpoint_every": 10**6,
-                "training.compile": "true",
-                "evaluation.every": "null",
-                "telemetry.log_every": 5,
-            }
-            self.pretrain(folder / "run", settings, timeout=200)
-            records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        logged = ("tokens_per_second", "mfu", "data_wait_fraction")
-        half = records[len(records) // 2 :]
-        return {key: statistics.median(record[key] or 0.0 for record in half) for key in logged}
-
-    def pretrain(self, run: Path, settings: dict[str, Any], timeout: float) -> None:
-        overrides = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
-        config = ["--config", str(ROOT / "configs" / "quickstart.json"), "--output", str(run)]
-        command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), *config, *overrides]
-        path = os.pathsep.join((*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)))
-        environment = {**os.environ, "PYTHONPATH": path}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
+        stage = 0 if self.tiny and optimizer == "muon" else 1
+        changes = {"training.optimizer": optimizer, "deepspeed.zero_optimization.stage": stage}
+        return trained(self.tiny, **changes)
 
     def attention(self) -> dict[str, Any]:
         """Milliseconds forward and backward of each kernel; L = 1024 and the mask of block diffusion."""
@@ -280,11 +218,21 @@ class Check:
 
     def throughput(self, size: str, compiled: bool = True) -> dict[str, Any]:
         """Tokens/s and MFU of VMD and MDM steps, in turns."""
-        steps = {}
-        torch._dynamo.reset()
-        for name, latent in (("mdm", False), ("vmd", True)):
-            a = self.shape(size, latent)
-            steps[name] = BareStep(a, self.rows(size), self.device, self.dtype, compiled=compiled and not self.tiny)
+        found, times = self.speeds(
+            {name: self.step(size, latent, compiled) for name, latent in (("mdm", False), ("vmd", True))}
+        )
+        return {"vmd_of_mdm": ratio(times, "mdm", "vmd"), **found}
+
+    def by_kernel(self) -> dict[str, Any]:
+        """VMD steps with attention by PyTorch's SDPA, by flash-attn, and with linear layers in fp8, in turns."""
+        steps = {"sdpa": self.step("110M", True, attention="sdpa")}
+        if flash_available(64) and not self.tiny:
+            steps["flash-attn"] = self.step("110M", True, attention="flash")
+        if importlib.util.find_spec("torchao") is not None and not self.tiny:
+            steps["fp8"] = self.step("110M", True, fp8=True)
+        return self.speeds(steps)[0]
+
+    def speeds(self, steps: dict[str, BareStep]) -> tuple[dict[str, Any], Times]:
         started = time.perf_counter()
         several = 1 if self.tiny else 4  # between two waits for the device, as in training
 
@@ -292,21 +240,19 @@ class Check:
             return lambda: [step() for _ in range(several)]
 
         times = in_turns({name: run(step) for name, step in steps.items()}, self.repeats, warmup=2)
-        spent = time.perf_counter() - started
-        tokens, peak = self.rows(size) * self.shape(size, True).row_length, peak_flops(self.device)
-        found: dict[str, Any] = {"vmd_of_mdm": ratio(times, "mdm", "vmd"), "seconds_with_compiling": spent}
+        found: dict[str, Any] = {"seconds_with_compiling": time.perf_counter() - started}
         for name, seconds in medians(times).items():
-            seconds /= several
-            x, a = steps[name]._batches[0], steps[name].a
-            flops = FlopsPerToken.of(a, len(x.index) / x.clean.numel()).total
+            seconds, step = seconds / several, steps[name]
+            x = step._batches[0]
+            tokens, flops = x.clean.numel(), FlopsPerToken.of(step.a, len(x.index) / x.clean.numel()).total
             found[name] = {
                 "milliseconds": 1e3 * seconds,
                 "tokens_per_second": tokens / seconds,
-                "mfu": flops * tokens / seconds / peak,
-                "parameters": sum(p.numel() for p in steps[name].parameters),
-                "peak_gib_of_a_step": peak_bytes(steps[name], self.device) / 2**30,
+                "mfu": flops * tokens / seconds / peak_flops(self.device),
+                "parameters": sum(p.numel() for p in step.parameters),
+                "peak_gib_of_a_step": peak_bytes(step, self.device) / 2**30,
             }
-        return found
+        return found, times
 
     def where_the_time_goes(self) -> dict[str, Any]:
         """Device time of VMD steps at 110 M by kind of kernel, and the dearest kernels."""

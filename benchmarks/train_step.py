@@ -68,7 +68,7 @@ def head_only_where_masked(vocab: int, rows: int, rounds: int, device: torch.dev
         return masked_nll(hidden, targets, index, lambda h: (h @ matrix.T).float(), vocab).sum()
 
     def fused() -> torch.Tensor:
-        return weighted_nll(hidden, targets, index, matrix, weight)
+        return weighted_nll(hidden, targets, index, matrix, weight, compiled=device.type == "cuda")
 
     def with_gradient(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(), (hidden, matrix))

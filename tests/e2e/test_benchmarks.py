@@ -27,7 +27,8 @@ def run(*command, timeout=300, first_on_path=None, expected=0, cwd=ROOT):
 def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
     """As on a bare machine with a GPU, which has torch and numpy alone; parts that need more are skipped."""
     parts = ("environment", "ceilings", "throughput 110M", "attention", "head", "where the time goes", "throughput 1B")
-    parts += ("110M without compile", "synchronisation", "sampling", "checkpointing", "trainer 110M", "resume")
+    parts += ("110M without compile", "110M by kernel", "synchronisation", "sampling", "checkpointing")
+    parts += ("trainer 110M", "resume")
     file, bare = tmp_path / "check.json", tmp_path / "bare"
     for package in ("pydantic", "deepspeed", "tqdm"):
         (bare / package).mkdir(parents=True)
@@ -44,9 +45,10 @@ def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
 
 def test_gpu_check_trains_and_resumes(tmp_path):
     file = tmp_path / "check.json"
-    run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", "trainer 110M", "resume")
+    run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", "trainer 110M", "trainer 110M, Muon", "resume")
     found = json.loads(file.read_text())
     assert found["trainer 110M"]["tokens_per_second"] > 0
+    assert found["trainer 110M, Muon"]["tokens_per_second"] > 0
     assert found["resume"]["ok"]
     assert len(found["resume"]["whole"]) == 6
 
