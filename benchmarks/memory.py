@@ -5,8 +5,9 @@
     deepspeed --num_gpus 2 benchmarks/memory.py --zero 2 --precision bf16       one case alone
 
 Of rank 0, in bytes of tensors: `kept` lives between steps (weights, optimizer, EMA, gradients that are kept), `peak` is
-the most at once in a step, the median of three: a thread of gloo may let go of a buffer late. `accumulated` are the micro-batches of a step; a small `bucket` (elements, of gradients that
-are reduced at once) is what a large model has in proportion.
+the most at once in a step, the median of three: a thread of gloo may let go of a buffer late. `accumulated` are the
+micro-batches of a step; a small `bucket` (elements, of gradients that are reduced at once) is what a large model has in
+proportion.
 """
 
 import argparse
