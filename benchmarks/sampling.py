@@ -42,13 +42,15 @@ def main() -> None:
     report = Report(__doc__, args.json, **shown)
     rows, result = [], {}
     for batch in args.batches:
+        for model in models.values():  # to warm up, a few steps do
+            sample(model, Sampler(2, law=args.law), Noise(0), torch.arange(batch))
         for steps in args.steps:
             sampler = Sampler(steps, law=args.law)
             cases = {
                 name: lambda model=model: sample(model, sampler, Noise(0), torch.arange(batch))  # noqa: B023
                 for name, model in models.items()
             }
-            times = in_turns(cases, args.rounds)
+            times = in_turns(cases, args.rounds, warmup=0)
             found = {
                 name: {"tokens_per_second": batch * length / seconds, "ms_a_forward": 1e3 * seconds / steps}
                 for name, seconds in medians(times).items()
