@@ -21,6 +21,7 @@ from comparing import Report, table
 from vmd_scale.build import build_architecture
 from vmd_scale.config_file import load_config
 from vmd_scale.planning.flops import FlopsPerToken
+from vmd_scale.planning.workload import masked_share
 from vmd_scale.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,8 @@ def main() -> None:
         bounds = [train(settings, seed, args.folder / f"{encoder}-{seed}") for seed in range(args.seeds)]
         found = {steps: [of_seed[steps] for of_seed in bounds] for steps in bounds[0]}
         config = load_config(CONFIG, settings)
-        flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), 0.5)
+        masked = masked_share(config)
+        flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), masked)
         encoders[encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
         rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
         report.save("encoders", encoders)

@@ -4,7 +4,8 @@
     python benchmarks/gpu_check.py --cpu --output gpu_check.json     tiny, to see that it works at all
 
 Needs torch and numpy; what needs DeepSpeed or flash-attn is reported as skipped where they are missing. The file is
-written after every part, so that a time limit loses nothing; a part that would not end in time is left out.
+written after every part, so that a time limit loses nothing. A part that would not end in time is left out, and named:
+the last ones have a run of their own (`--only`).
 """
 
 import argparse
@@ -79,6 +80,7 @@ class Check:
 
     def step(self, size: str, latent: bool, compiled: bool = True, fp8: bool = False, **changes: Any) -> BareStep:
         torch._dynamo.reset()
+        torch.manual_seed(0)
         a = replace(self.shape(size, latent), **changes)
         model = VMD(a).to(self.device, self.dtype)
         if fp8:
@@ -102,7 +104,8 @@ class Check:
             "sampling": (self.sampling, 60),
             "resume": (self.resume, 60),
             "110M without compile": (lambda: self.throughput("110M", compiled=False), 20),
-            "110M by kernel": (self.by_kernel, 60),
+            "110M by kernel": (self.by_kernel, 80),
+            "110M in fp8": (self.in_fp8, 80),
             "trainer 110M, Muon": (lambda: self.trainer(optimizer="muon"), 80),
             "checkpointing": (self.checkpointing, 60),
         }
@@ -150,7 +153,7 @@ class Check:
         need("deepspeed", "pydantic")
         stage = 0 if self.tiny and optimizer == "muon" else 1
         changes = {"training.optimizer": optimizer, "deepspeed.zero_optimization.stage": stage}
-        return trained(self.tiny, **changes)
+        return trained(self.tiny, changes)
 
     def attention(self) -> dict[str, Any]:
         """Milliseconds forward and backward of each kernel; L = 1024 and the mask of block diffusion."""
@@ -224,13 +227,15 @@ class Check:
         return {"vmd_of_mdm": ratio(times, "mdm", "vmd"), **found}
 
     def by_kernel(self) -> dict[str, Any]:
-        """VMD steps with attention by PyTorch's SDPA, by flash-attn, and with linear layers in fp8, in turns."""
-        steps = {"sdpa": self.step("110M", True, attention="sdpa")}
-        if flash_available(64) and not self.tiny:
-            steps["flash-attn"] = self.step("110M", True, attention="flash")
-        if importlib.util.find_spec("torchao") is not None and not self.tiny:
-            steps["fp8"] = self.step("110M", True, fp8=True)
-        return self.speeds(steps)[0]
+        """VMD steps with the attention that is chosen, flash-attn where it is installed, and with PyTorch's SDPA."""
+        return self.speeds({kernel: self.step("110M", True, attention=kernel) for kernel in ("auto", "sdpa")})[0]
+
+    def in_fp8(self) -> dict[str, Any]:
+        """VMD steps with the blocks' linear layers in fp8, and without; `mfu` is of the peak of bf16."""
+        need("torchao")
+        if self.tiny or torch.cuda.get_device_capability() < (8, 9):
+            raise Skipped("needs a GPU that has fp8")
+        return self.speeds({"bf16": self.step("110M", True), "fp8": self.step("110M", True, fp8=True)})[0]
 
     def speeds(self, steps: dict[str, BareStep]) -> tuple[dict[str, Any], Times]:
         started = time.perf_counter()

@@ -41,8 +41,8 @@ def resumed(tiny: bool) -> dict[str, Any]:
     return {"ok": apart == 0, "largest difference": apart, **losses}
 
 
-def trained(tiny: bool, **changes: object) -> dict[str, Any]:
-    """110 M, ZeRO-1: medians of what a run logs."""
+def trained(tiny: bool, changes: dict[str, Any]) -> dict[str, Any]:
+    """110 M, ZeRO-1: medians of what a run logs. `changes`: other settings."""
     layers, width, heads, length, vocab, rows, steps = (12, 768, 12, 1024, 50_257, 32, 60)
     if tiny:
         layers, width, heads, length, vocab, rows, steps = (2, 32, 2, 32, 300, 2, 12)

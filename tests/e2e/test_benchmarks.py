@@ -27,7 +27,7 @@ def run(*command, timeout=300, first_on_path=None, expected=0, cwd=ROOT):
 def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
     """As on a bare machine with a GPU, which has torch and numpy alone; parts that need more are skipped."""
     parts = ("environment", "ceilings", "throughput 110M", "attention", "head", "where the time goes", "throughput 1B")
-    parts += ("110M without compile", "110M by kernel", "synchronisation", "sampling", "checkpointing")
+    parts += ("110M without compile", "110M by kernel", "110M in fp8", "synchronisation", "sampling", "checkpointing")
     parts += ("trainer 110M", "resume")
     file, bare = tmp_path / "check.json", tmp_path / "bare"
     for package in ("pydantic", "deepspeed", "tqdm"):
@@ -38,7 +38,7 @@ def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
     assert set(found) == set(parts)
     failed = {name: part["failed"] for name, part in found.items() if "failed" in part}
     assert set(failed) == {"trainer 110M", "resume"}, failed  # these packages can be found, and not be imported
-    assert [name for name, part in found.items() if "skipped" in part] == ["synchronisation"]
+    assert [name for name, part in found.items() if "skipped" in part] == ["synchronisation", "110M in fp8"]
     assert sum(found["where the time goes"]["share"].values()) > 0.99
     assert {"mdm", "vmd"} <= set(found["throughput 110M"])
 

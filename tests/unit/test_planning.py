@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,7 @@ def test_activations_grow_with_layers_and_shrink_with_checkpointing():
     assert kept[6, "full"] >= 6 * 128 * 128 * 4  # the blocks' inputs
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_keep_what_the_compiler_is_asked_about():
     """Counted on tensors without memory; here really compiled and run."""
     a = build_architecture(config_of(model={"layers": 1, "attention": "sdpa"}), 27)
@@ -227,6 +229,26 @@ def test_compiled_blocks_keep_what_the_compiler_is_asked_about():
     assert counted == pytest.approx((measured[1] - measured[0]) / 2, rel=0.02)
 
 
+def test_a_conditional_prior_keeps_as_much_as_the_encoder():
+    """Two networks of the same shapes are both compiled, and both counted."""
+    kept = {}
+    for prior in ("standard", "conditional"):
+        a = build_architecture(config_of(latent={"width": 8, "prior": prior}, model={"layers": 4}), 27)
+        kept[prior] = activations_of_row(a, torch.float32, "none", compiled=True).encoder
+    assert kept["conditional"] == pytest.approx(2 * kept["standard"], rel=0.05)
+
+
+def test_a_bucket_is_allocated_whole():
+    """However few parameters there are, where the user asks for a large one."""
+    for stage in (1, 2, 3):
+        of = {}
+        for size in (10**6, 10**9):
+            zero = {"stage": stage, "reduce_bucket_size": size}
+            config = config_of(deepspeed={"zero_optimization": zero}, training={"precision": "fp32"})
+            of[size] = memory_of(config, build_architecture(config, VOCABULARY), 4, "fp32", on_gpu=True).buffers
+        assert of[10**9] - of[10**6] == pytest.approx(4e9, rel=0.01)
+
+
 def kept_bytes(forward):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         result = forward()
@@ -236,9 +258,14 @@ def kept_bytes(forward):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_predicted_memory_is_the_measured_peak_of_a_gpu():
-    config = config_of(model={"layers": 6, "width": 256, "heads": 4, "attention": "sdpa"}, training={"micro_batch": 8})
+@pytest.mark.parametrize("compiled", [False, True])
+def test_predicted_memory_is_the_measured_peak_of_a_gpu(compiled):
+    model = {"layers": 6, "width": 256, "heads": 4, "attention": "sdpa"}
+    config = config_of(model=model, training={"micro_batch": 8, "compile": compiled})
     model = build_model(config, VOCABULARY).cuda().bfloat16()
+    model.compiled_loss = compiled
+    for block in (block for stack in model.stacks for block in stack if compiled):
+        block.compile(dynamic=False)
     objective, x = inputs_of(config)
     x = x.to(torch.device("cuda"))
 

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +38,7 @@ def _is_bool(x):
 
 
 def _caller():
-    frame = sys._getframe(2)
-    while frame is not None and "/torch/" in frame.f_code.co_filename:
+    frame = sys._getframe(1)
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename)}:{frame.f_code.co_name}"
+    return f"{frame.f_code.co_filename}:{frame.f_code.co_name}"

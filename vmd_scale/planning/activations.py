@@ -94,14 +94,15 @@ def _of_compiled_blocks(a: Architecture, dtype: torch.dtype) -> PerRow:
             found.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
             return graph.forward
 
-        backend = aot_autograd(
-            fw_compiler=forward,
-            bw_compiler=lambda graph, _: graph.forward,
-            partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
-            decompositions=select_decomp_table(),
-        )
         torch._dynamo.reset()  # else, after a few counts, blocks of one more shape would run uncompiled
         for stack in model.stacks:
+            # One for each: with the same one, a second block of the same shapes is not compiled.
+            backend = aot_autograd(
+                fw_compiler=forward,
+                bw_compiler=lambda graph, _: graph.forward,
+                partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+                decompositions=select_decomp_table(),
+            )
             for block in stack:
                 block.compile(backend=backend, dynamic=False)
         network()

@@ -51,15 +51,15 @@ def memory_of(
     compiled = on_gpu and config.training.compile
     weighted = config.diffusion.objective != "iw"
     logits = logits_bytes(a, rows, masked_share(config), low, on_gpu, weighted, stage, compiled)
-    alone = config.training.global_batch <= rows * world_size
-    in_bucket = stage in (1, 2) and low == 4 and alone  # nothing is accumulated: gradients have no other place
+    accumulating = config.training.global_batch > rows * world_size
+    in_bucket = stage in (1, 2) and low == 4 and not accumulating  # gradients have no other place
     zero = config.deepspeed.get("zero_optimization", {})
     return Memory(
         weights=low * parameters / shard["weights"],
         gradients=0.0 if in_bucket else 4 * parameters / shard["gradients"],
         optimizer=((8 + (4 if stage > 0 else 0)) * parameters - 4 * by_muon) / shard["optimizer"],
         ema=(4 * parameters / shard["optimizer"]) if config.training.ema_decay else 0.0,
-        buffers=buffers_of(stage, low, parameters, world_size, zero, activations + logits, on_gpu),
+        buffers=buffers_of(stage, low, parameters, world_size, zero, activations + logits, accumulating, on_gpu),
         activations=activations,
         logits=logits,
     )
@@ -67,42 +67,54 @@ def memory_of(
 
 # ZeRO (arXiv 1910.02054): the stage from which on each rank holds 1/N of it.
 SHARDED_FROM = {"weights": 3, "gradients": 2, "optimizer": 1}
-# DeepSpeed's defaults, in elements. The engine asks for no larger bucket than there are parameters.
+# DeepSpeed 0.19's, in elements. Where the user asks for no bucket, the engine asks for one of at most all parameters.
 BUCKET = 500_000_000
-DEFAULTS = {
-    "reduce_bucket_size": BUCKET,
-    "stage3_prefetch_bucket_size": 50_000_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-}
+AT_ONCE = 500_000_000  # of gradients that are reduced when the backward pass has ended
+PREFETCHED, LIVE = 50_000_000, 1_000_000_000
 
 
 def buffers_of(
-    stage: int, low: int, parameters: int, ranks: int, zero: dict[str, Any], freed: float, on_gpu: bool
+    stage: int,
+    low: int,
+    parameters: int,
+    ranks: int,
+    zero: dict[str, Any],
+    freed: float,
+    accumulating: bool,
+    on_gpu: bool,
 ) -> float:
-    """Where gradients and weights travel in DeepSpeed 0.19, as benchmarks/memory.py finds it.
+    """Where gradients and weights travel in DeepSpeed 0.19, as its code says and benchmarks/memory.py finds.
 
-    The peak is before the backward pass, which frees `freed` bytes, or when gradients are reduced: the first time,
-    after a share `done` of the backward pass, or the last time. This is what either takes above the former without
-    buffers.
+    Args:
+        low: bytes of a weight.
+        zero: the user's `zero_optimization`.
+        freed: bytes that are there when the backward pass begins, and no more when it ends.
+        accumulating: whether a step has several micro-batches.
     """
-    bucket, prefetched, live = (min(float(zero.get(key, value)), parameters) for key, value in DEFAULTS.items())
-    done = bucket / parameters
-    all_at_once = 4 * min(BUCKET, parameters)  # flattened in fp32 when the backward pass has ended
+    at_the_end = 4 * min(AT_ONCE, parameters)  # gradients flattened in fp32
     if stage == 0:
-        return max(0.0, all_at_once - freed)
-    if stage == 1 and low < 4:  # beside them, those in bf16
-        return max(0.0, low * parameters + all_at_once - freed)
+        return max(0.0, at_the_end - freed)
+    if stage == 1 and low < 4:  # those in bf16 are there beside: at the end, or from one micro-batch to the next
+        of_weights = low * parameters
+        return of_weights + max(0.0, at_the_end - freed) if accumulating else max(0.0, of_weights + at_the_end - freed)
+    bucket = float(zero.get("reduce_bucket_size", min(BUCKET, parameters)))
+    allocated = (4 if stage == 3 else low) * bucket * (2 if stage < 3 and zero.get("overlap_comm") else 1)
+    filled = min(bucket, parameters)
+    done = filled / parameters  # share of the backward pass after which the bucket is full for the first time
     if stage == 1:
-        not_yet_reduced = low * (parameters - bucket)
-        return low * bucket + max(0.0, low * parameters - freed, not_yet_reduced + low * parameters / ranks - freed)
+        waiting = low * (parameters - filled)  # gradients that are not yet in it
+        return allocated + max(0.0, low * parameters - freed, waiting + low * parameters / ranks - freed)
     if stage == 2:
-        travelling = (low + (4 if low < 4 else 0)) * bucket  # a copy of the bucket, and its sum in fp32
-        first = low * parameters / ranks if low == 4 else 0.0  # the shard, where it was not there before
-        return low * bucket + max(0.0, travelling - done * freed, first - done * freed)
-    # Weights that were gathered stay until their last use; gloo's reduce-scatter makes a copy.
-    gathered = low * live
-    reduced = (1 - done) * (gathered + freed) + (4 if on_gpu else 8) * bucket
-    return 4 * bucket + max(gathered + low * prefetched, reduced - freed)
+        copy_and_sum = (low + (4 if low < 4 else 0)) * filled
+        new_shard = low * parameters / ranks if low == 4 else 0.0
+        return allocated + max(0.0, max(copy_and_sum, new_shard) - done * freed)
+    # Weights that were gathered stay until their last use, beside the flat buffer in which the last of them came.
+    live, prefetched = (
+        low * min(float(zero.get(f"stage3_{key}", value)), parameters)
+        for key, value in (("max_live_parameters", LIVE), ("prefetch_bucket_size", PREFETCHED))
+    )
+    copies = (4 if on_gpu else 8) * filled  # gloo's reduce-scatter makes one more
+    return allocated + max(live + prefetched, (1 - done) * (live + freed) + copies - freed)
 
 
 def logits_bytes(

@@ -194,7 +194,7 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
     if config.training.optimizer == "muon" and world.device.type == "cpu":
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's updates, for minutes without a GPU
     settings = deepspeed_config(config, world.size, precision)
-    if config.zero_stage > 0:  # DeepSpeed allocates a whole bucket, 1 GB in bf16 by default
+    if config.zero_stage > 0:  # DeepSpeed allocates the whole of it, 1 or 2 GB by default
         parameters = sum(p.numel() for p in model.parameters())
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
     engine, *_ = deepspeed.initialize(
