@@ -322,6 +322,9 @@ class Check:
             name: VMD(self.shape("110M", latent)).to(self.device, self.dtype).eval()
             for name, latent in (("mdm", False), ("vmd", True))
         }
+        torch._dynamo.reset()
+        for model in models.values() if not self.tiny else ():
+            model.compile_blocks()
         found: dict[str, Any] = {}
         for batch in batches:
             for steps in counts:

@@ -72,9 +72,7 @@ class BareStep:
         )
         if compiled:
             self.model.compiled_loss = self.device.type == "cuda"
-            for stack in self.model.stacks:
-                for block in stack:
-                    block.compile(dynamic=False)
+            self.model.compile_blocks(dynamic=False)
         self.number = 0
 
     def prepare(self, seed: int = 0) -> TrainingInputs:

@@ -219,8 +219,7 @@ def test_compiled_blocks_keep_what_the_compiler_is_asked_about():
     measured = []
     for rows in (2, 4):
         model = VMD(a)
-        for block in model.stacks[0]:
-            block.compile(dynamic=False)
+        model.compile_blocks(dynamic=False)
         clean = torch.zeros(rows, a.row_length, dtype=torch.int64)
         z, ratio = torch.zeros(rows, a.groups, a.latent_width), torch.zeros(rows, a.groups)
         forward = functools.partial(model.denoiser, clean, z, None, ratio, clean)
@@ -264,8 +263,8 @@ def test_predicted_memory_is_the_measured_peak_of_a_gpu(compiled):
     config = config_of(model=model, training={"micro_batch": 8, "compile": compiled})
     model = build_model(config, VOCABULARY).cuda().bfloat16()
     model.compiled_loss = compiled
-    for block in (block for stack in model.stacks for block in stack if compiled):
-        block.compile(dynamic=False)
+    if compiled:
+        model.compile_blocks(dynamic=False)
     objective, x = inputs_of(config)
     x = x.to(torch.device("cuda"))
 

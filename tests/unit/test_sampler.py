@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -102,6 +103,20 @@ def test_a_row_is_named_by_its_number_whatever_is_beside_it(change, kind):
             assert torch.equal(together[part], alone), (s, part)
     full = sample(model, s, Noise(10), torch.arange(12))
     assert not torch.equal(full, sample(model, s, Noise(11), torch.arange(12))) or s.temperature == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_draw_the_same_rows():
+    """Of any number of rows, which changes on the way, and with keys and values of the block before."""
+    torch._dynamo.reset()
+    model, given = tiny_model(12, row_length=6, attention="sdpa", groups=2), partly_given()
+    numbers, sampler = (torch.arange(12), torch.tensor([5]), torch.tensor([7, 3, 1])), Sampler(4)
+    drawn = [sample(model, sampler, Noise(10), n, *(x[n] for x in given)) for n in numbers]
+    model.compile_blocks()
+    torch._dynamo.utils.counters.clear()
+    for n, rows in zip(numbers, drawn, strict=True):
+        assert torch.equal(sample(model, sampler, Noise(10), n, *(x[n] for x in given)), rows)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_steps_in_which_nothing_changes_cost_no_forward():

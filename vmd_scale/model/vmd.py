@@ -37,6 +37,15 @@ class VMD(nn.Module):
         networks = (self.denoiser, self.encoder, self.prior_network)
         return [network.blocks for network in networks if network is not None]
 
+    def compile_blocks(self, dynamic: bool | None = None) -> None:
+        """torch.compile of the blocks alone: of one shape, all layers of a network share what is compiled.
+
+        `dynamic`: false where shapes never change; None compiles again, for any number of rows, when they first do.
+        """
+        for stack in self.stacks:
+            for block in stack:
+                block.compile(dynamic=dynamic)
+
     def attention_kernels(self, dtype: torch.dtype, padded: bool) -> dict[str, str]:
         """Their names, by network. `padded`: whether rows have padding, which no varlen kernel leaves out."""
         networks: dict[str, Denoiser | Encoder | None] = {

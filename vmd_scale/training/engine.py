@@ -188,9 +188,7 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
         convert_to_fp8(model)
     if config.training.compile and world.device.type == "cuda":
         model.compiled_loss = True
-        for stack in model.stacks:
-            for block in stack:
-                block.compile(dynamic=False)
+        model.compile_blocks(dynamic=False)
     if config.training.optimizer == "muon" and world.device.type == "cpu":
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's updates, for minutes without a GPU
     settings = deepspeed_config(config, world.size, precision)
