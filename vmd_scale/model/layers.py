@@ -100,10 +100,11 @@ class Condition(NamedTuple):
         return made if self.members is None else self.members @ made
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with x [B, L, D] and one shift and scale [B, G, D] per group of L / G positions."""
-    grouped = x.unflatten(1, (scale.shape[1], -1)) * (1 + scale.unsqueeze(2))
-    return (grouped if shift is None else grouped + shift.unsqueeze(2)).flatten(1, 2)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift: x [B, L, D], scale [B, G, D] of groups of L / G positions, shift of either shape."""
+    groups = scale.shape[1]
+    of_groups = shift.unflatten(1, (groups, -1))  # [B, G, 1 or L / G, D]
+    return torch.addcmul(of_groups, x.unflatten(1, (groups, -1)), 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 class Block(nn.Module):
@@ -162,9 +163,9 @@ class Block(nn.Module):
         assert condition is not None
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.through(self.modulation).chunk(6, dim=-1)
         h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary, mask, past)
-        x = x + modulate(self.dropout(h), None, gate_a)
+        x = modulate(self.dropout(h), x, gate_a)
         h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
-        return x + modulate(self.dropout(h), None, gate_m)
+        return modulate(self.dropout(h), x, gate_m)
 
 
 # By name: flash-attn's are there only where it is installed.
