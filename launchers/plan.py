@@ -18,7 +18,7 @@ from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
 from vmd_scale.planning.hardware import GPUS
 from vmd_scale.planning.plan import ATTAINED_MFU, Plan, describe
-from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.tokenization import vocab_size_of
 
 
 @reports_user_errors
@@ -40,7 +40,7 @@ def main() -> None:
         raise UserError(f"--mfu {args.mfu}: a number above 0 and at most 1")
     stage = [] if args.zero is None else [f"deepspeed.zero_optimization.stage={args.zero}"]
     config = load_config(args.config, [*args.set, *stage])
-    architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    architecture = build_architecture(config, vocab_size_of(config.data.tokenizer))
     precision = "fp32" if config.training.precision == "fp32" else "bf16"
     plan = Plan(config, architecture, GPUS[args.gpu], precision, args.mfu)
     print(describe(plan, args.gpus))

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slurm-wlm", "munge")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons, which not every shell looks at
 NODES = ("node1", "node2")
 CREDENTIALS_EXPIRE = 5  # seconds; a requeued job waits at least as long
 CONFIGURATION = """
@@ -61,7 +62,7 @@ def missing() -> str | None:
     """Why there can be no cluster here, or None; installs the packages if it may."""
     if os.geteuid() != 0:
         return "not root: slurmd and munged cannot be started"
-    absent = [name for name in DAEMONS if shutil.which(name) is None]
+    absent = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
     if not absent:
         return None
     if shutil.which("apt-get") is None:
@@ -97,7 +98,7 @@ class Cluster:
         # Not pytest's folder: munged wants all parents of its socket to be open, and a socket's path to be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.conf = self.folder / "slurm.conf"
-        self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
+        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
         self.folder.chmod(0o755)

@@ -306,7 +306,7 @@ def test_no_rank_outlives_its_job(desk, chain, stopped, lost, limits, launchers)
 
 
 def test_without_a_cluster_the_reason_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert missing().endswith("slurmd, sbatch not found, and there is no apt-get to install slurm-wlm, munge")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd_scale.errors import UserError
-from vmd_scale.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from vmd_scale.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer, vocab_size_of
+from vmd_scale.tokenization.loading import VOCAB_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("VMD_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -233,6 +234,22 @@ def test_a_hub_name_is_looked_up_in_the_assets(tmp_path: Path, monkeypatch: pyte
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_bytes((ASSETS / "bert_base_uncased_vocab.txt").read_bytes())
     assert load_tokenizer("bert-base-uncased").vocab_size == 30522
+
+
+@needs_assets
+def test_vocabulary_sizes_that_planning_knows_without_files(gpt2: Tokenizer, bert: Tokenizer) -> None:
+    assert {"gpt2": gpt2.vocab_size, "bert-base-uncased": bert.vocab_size} == VOCAB_SIZES
+
+
+def test_planning_needs_no_network_and_prefers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", lambda name: pytest.fail(f"{name} was fetched"))
+    assert vocab_size_of("gpt2") == 50257
+    assert vocab_size_of("symbols:11") == 11
+    folder = tmp_path / "tokenizer" / "assets" / "gpt2"
+    folder.mkdir(parents=True)
+    (folder / "symbols.json").write_text('{"symbols": 77}')
+    assert vocab_size_of("gpt2") == 77
 
 
 def test_different_tokenizers_have_different_fingerprints() -> None:

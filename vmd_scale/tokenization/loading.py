@@ -29,6 +29,8 @@ GPT2_FILES = [  # (vocabulary, merges)
     ("gpt2_encoder.json", "gpt2_vocab.bpe"),
 ]
 BERT_FILES = ["vocab.txt", "bert_base_uncased_vocab.txt"]
+# What planning needs to know of tokenizers that are not at hand (their published vocabularies).
+VOCAB_SIZES = {"gpt2": 50_257, "bert-base-uncased": 30_522}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -51,12 +53,26 @@ def load_tokenizer(name: str) -> Tokenizer:
         if kind not in loaders:
             raise UserError(f"data.tokenizer {name!r}: no {kind} files in {folder}; expected {_expected_files()[kind]}")
         return loaders[kind]()
-    for place in (Path(name), ASSETS / name, ASSETS / f"{name}.model"):
+    for place in _places(name):
         if place.exists():
             return _load_path(name, place)
     if "/" in name.strip("/") and (name.startswith((".", "/", "~")) or Path(name).suffix):
         raise UserError(f"data.tokenizer {name!r}: no such file or folder")
     return _load_from_hub(name)
+
+
+def vocab_size_of(name: str) -> int:
+    """That of the tokenizer which `load_tokenizer` gives; for those of the shipped configurations without its files.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    at_hand = any(place.exists() for place in _places(name))
+    return VOCAB_SIZES[name] if name in VOCAB_SIZES and not at_hand else load_tokenizer(name).vocab_size
+
+
+def _places(name: str) -> list[Path]:
+    return [Path(name), ASSETS / name, ASSETS / f"{name}.model"]
 
 
 def _load_path(name: str, path: Path) -> Tokenizer:
