@@ -36,8 +36,11 @@ class Known(nn.Module):
         super().__init__()
         self.log_p, self.weight = log_p, nn.Parameter(torch.zeros(()))
 
-    def forward(self, noisy, z, attend=None, mask_ratio=None, clean=None):
+    def forward(self, noisy, z, attend=None, mask_ratio=None, clean=None, modulations=None):
         return self.log_p(noisy)
+
+    def modulations(self, z):
+        return None
 
     def logits(self, hidden):
         return hidden

@@ -105,6 +105,24 @@ def test_a_row_is_named_by_its_number_whatever_is_beside_it(change, kind):
     assert not torch.equal(full, sample(model, s, Noise(11), torch.arange(12))) or s.temperature == 0
 
 
+@pytest.mark.parametrize("latent", ["fixed", "fresh"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3, 4, 5], [0]], ids=["rows", "a row"])
+def test_modulations_are_computed_once_a_latent(groups, latent, numbers, monkeypatch):
+    """And draw what is drawn when every forward computes them."""
+    model, sampler, noise = tiny_model(12, row_length=6, groups=groups), Sampler(3, latent=latent), Noise(10)
+    numbers, given = torch.tensor(numbers), [x[numbers] for x in partly_given()]
+    computed, forwards = [], []
+    model.denoiser.latent_to_condition.register_forward_hook(lambda *_: computed.append(1))
+    model.denoiser.norm.register_forward_hook(lambda *_: forwards.append(1))  # also where a block is remembered
+    drawn = sample(model, sampler, noise, numbers, *given)
+    assert len(forwards) > groups
+    assert len(computed) == (1 if latent == "fixed" else 1 + len(forwards) - (groups - 1))
+    monkeypatch.setattr(model.denoiser, "modulations", lambda z: None)
+    assert torch.equal(sample(model, sampler, noise, numbers, *given), drawn)
+    assert len(computed) > 2
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_draw_the_same_rows():
     """Of any number of rows, which changes on the way, and with keys and values of the block before."""

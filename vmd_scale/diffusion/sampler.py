@@ -120,7 +120,7 @@ class _Walk:
         self.past = [KeyValues() for _ in range(a.layers)] if a.groups > 1 else None
         self.order = self._uniform(Stream.SAMPLE_PATH, 0)
         self.u = self._uniform(Stream.SAMPLE_TOKEN, 0)  # enough as long as a position is drawn only once
-        self.z = self._latent(0)
+        self._draw_latent(0)
 
     def block(self, group: int) -> None:
         """Draw one block; those before it are complete."""
@@ -139,7 +139,7 @@ class _Walk:
             if not len(rows):
                 continue
             if sampler.latent == "fresh":
-                self.z = self._latent(substep(group, k))
+                self._draw_latent(substep(group, k))
             if sampler.remask or sampler.order_noise:
                 self.order = self._uniform(Stream.SAMPLE_PATH, substep(group, k))
                 self.u = self._uniform(Stream.SAMPLE_TOKEN, substep(group, k))
@@ -198,11 +198,12 @@ class _Walk:
         """Hidden states of one block of some rows, [n, L / G, D]."""
         attend = None if self.attend is None else self.attend[rows]
         z = None if self.z is None else self.z[rows, group : group + 1]
+        modulations = self.modulations and [layer[rows, group : group + 1] for layer in self.modulations]
         if self.past is None:
-            return self.model.denoiser(self.x[rows], z, attend, ratio)
+            return self.model.denoiser(self.x[rows], z, attend, ratio, modulations=modulations)
         past = [layer.rows(rows) for layer in self.past] if len(rows) < len(self.x) else self.past
         block = self.x[rows, group * self.size : (group + 1) * self.size]
-        return self.model.denoiser.forward_block(block, group, past, z, attend, ratio)
+        return self.model.denoiser.forward_block(block, group, past, z, attend, ratio, modulations=modulations)
 
     def _sureness(self, hidden: Tensor, masked: Tensor, u: Tensor, fade: Tensor) -> Tensor:
         """By what the laws of confidence choose among masked positions, float64 [n, L / G]."""
@@ -214,8 +215,13 @@ class _Walk:
             sure = on_log_scale - scale * (-u[masked].log()).log()
         return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, sure)
 
+    def _draw_latent(self, step: int) -> None:
+        """z of every group, and what the forwards to come need of it."""
+        self.z = self._latent(step)
+        self.modulations = None if self.z is None else self.model.denoiser.modulations(self.z)
+
     def _latent(self, step: int) -> Tensor | None:
-        """z of every group, [B, G, d_z]; a conditional prior reads the tokens that are there already."""
+        """[B, G, d_z]; a conditional prior reads the tokens that are there already."""
         a = self.model.architecture
         if not a.latent_width:
             return None

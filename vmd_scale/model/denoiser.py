@@ -54,6 +54,7 @@ class Denoiser(nn.Module):
         attend: Tensor | None = None,
         mask_ratio: Tensor | None = None,
         clean: Tensor | None = None,
+        modulations: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states of every position.
 
@@ -63,6 +64,7 @@ class Denoiser(nn.Module):
             attend: bool [B, L], false at padding, or int32 [B, L], see documents.py.
             mask_ratio: [B, G], read only with time_conditioning.
             clean: int64 [B, L], read only by the block variant (G > 1): what the blocks before condition on.
+            modulations: those of z, see the method; only without blocks.
 
         Returns:
             [B, L, D].
@@ -78,9 +80,10 @@ class Denoiser(nn.Module):
             else:
                 x = (x.unflatten(1, (a.groups, -1)) + added.unsqueeze(2)).flatten(1, 2)
         mask: Mask = attention_mask(attend, a.documents, self.blocks.kernel)
-        condition = self._condition(x, z, mask_ratio, attend)
+        condition = modulations or self._condition(z, mask_ratio, attend)
         if a.groups > 1:
             assert clean is not None
+            assert not isinstance(condition, list)
             x = torch.cat((x, self.embedding(clean) + self.position(positions)), dim=1)
             positions = torch.cat((positions, positions))
             on_cpu = not noisy.is_cuda and torch.is_grad_enabled()  # where FlexAttention has no backward
@@ -101,13 +104,14 @@ class Denoiser(nn.Module):
         attend: Tensor | None = None,
         mask_ratio: Tensor | None = None,
         clean: bool = False,
+        modulations: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states of one block alone, the clean blocks before it being remembered: what `forward` gives for it.
 
         Args:
             tokens: int64 [B, L / G], the block numbered `group`.
             past: one for each layer. With `clean`, the block is complete: it is remembered, and hears no z.
-            z: [B, 1, d_z], that of this block; mask_ratio: [B, 1]; attend: bool [B, L].
+            z: [B, 1, d_z], that of this block; modulations: those of z; mask_ratio: [B, 1]; attend: bool [B, L].
 
         Returns:
             [B, L / G, D].
@@ -116,10 +120,11 @@ class Denoiser(nn.Module):
         positions = torch.arange(end - tokens.shape[1], end, device=tokens.device)
         x = self.embedding(tokens) + self.position(positions)
         a = self.architecture
+        condition: Condition | list[Tensor] | None
         if clean:
             condition = Condition(x.new_zeros(len(x), 1, a.condition_width)) if a.has_condition else None
         else:
-            condition = self._condition(x, z, mask_ratio)
+            condition = modulations or self._condition(z, mask_ratio)
             if self.latent_to_embedding is not None:
                 assert z is not None
                 x = x + self.latent_to_embedding(z.to(x.dtype))
@@ -127,6 +132,17 @@ class Denoiser(nn.Module):
             layer.growing = clean
         mask = None if attend is None else attend[:, None, None, :end]
         return self.norm(self.blocks(x, rotary_table(positions, a.head_width), mask, condition, past))
+
+    def modulations(self, z: Tensor) -> list[Tensor] | None:
+        """What z, [B, G, d_z], makes of every layer, [B, G, 6 D]: computed once for all forwards with the same z.
+
+        None where that is not all, or not known: with time conditioning, other injections, blocks of one's own.
+        """
+        if self.latent_to_condition is None or self.time_to_condition is not None:
+            return None
+        condition = self._condition(z, None)
+        assert condition is not None
+        return self.blocks.modulations(condition)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., V]."""
@@ -149,18 +165,17 @@ class Denoiser(nn.Module):
         """Whether `output_matrix` and `output_bias` are all of the head: an adapter on it adds to them."""
         return self.head is None or type(self.head) is nn.Linear
 
-    def _condition(
-        self, x: Tensor, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None
-    ) -> Condition | None:
+    def _condition(self, z: Tensor | None, mask_ratio: Tensor | None, attend: Tensor | None = None) -> Condition | None:
+        dtype = self.embedding.weight.dtype
         vectors = members = None
         if self.latent_to_condition is not None:
             assert z is not None
-            vectors = self.latent_to_condition(z.to(x.dtype))
+            vectors = self.latent_to_condition(z.to(dtype))
             if attend is not None and has_documents(attend):
-                members = members_of(attend, z.shape[1]).to(x.dtype)
+                members = members_of(attend, z.shape[1]).to(dtype)
         if self.time_to_condition is not None:
             assert mask_ratio is not None
-            time = self.time_to_condition(_sinusoids(mask_ratio, self.architecture.condition_width).to(x.dtype))
+            time = self.time_to_condition(_sinusoids(mask_ratio, self.architecture.condition_width).to(dtype))
             vectors = time if vectors is None else vectors + time
         return None if vectors is None else Condition(nn.functional.silu(vectors), members)
 

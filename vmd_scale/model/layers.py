@@ -22,12 +22,18 @@ class Norm(nn.Module):
         self.kind = kind
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x: [B, L, D]; modulation: shift and scale, see `modulate`; where each is one vector, a LayerNorm does it."""
+        weight, bias = self.weight.float(), None
+        if modulation is not None and self.kind == "layernorm" and modulation[1].shape[:2] == (1, 1):
+            shift, scale = (vector[0, 0].float() for vector in modulation)
+            weight, bias, modulation = weight * (1 + scale), shift, None
         if self.kind == "rmsnorm":
-            y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-6)
+            y = F.rms_norm(x.float(), x.shape[-1:], weight, eps=1e-6)
         else:
-            y = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-5)
-        return y.to(x.dtype)
+            y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps=1e-5)
+        y = y.to(x.dtype)
+        return y if modulation is None else modulate(y, *modulation)
 
 
 class MLP(nn.Module):
@@ -139,10 +145,10 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Condition | None = None,
+        condition: Condition | Tensor | None = None,
         past: KeyValues | None = None,
     ) -> Tensor:
-        """x: [B, L, D]."""
+        """x: [B, L, D]; condition: or what `modulation` makes of it, [B, G, 6 D]."""
         if self.keep_products and torch.is_grad_enabled():
             return checkpoint(
                 self._forward, x, rotary, mask, condition, past, use_reentrant=False, context_fn=_keeping_products
@@ -154,17 +160,18 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Condition | None,
+        condition: Condition | Tensor | None,
         past: KeyValues | None,
     ) -> Tensor:
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm_attention(x), rotary, mask, past))
             return x + self.dropout(self.mlp(self.norm_mlp(x)))
         assert condition is not None
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = condition.through(self.modulation).chunk(6, dim=-1)
-        h = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), rotary, mask, past)
+        made = condition.through(self.modulation) if isinstance(condition, Condition) else condition
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = made.chunk(6, dim=-1)
+        h = self.attention(self.norm_attention(x, (shift_a, scale_a)), rotary, mask, past)
         x = modulate(self.dropout(h), x, gate_a)
-        h = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
+        h = self.mlp(self.norm_mlp(x, (shift_m, scale_m)))
         return modulate(self.dropout(h), x, gate_m)
 
 
@@ -213,19 +220,30 @@ class Stack(nn.ModuleList):
             if isinstance(block, Block):  # of another kind: all or nothing
                 block.keep_products = kind == "selective"
 
+    def modulations(self, condition: Condition) -> list[Tensor] | None:
+        """What each layer makes of it, [B, G, 6 D]; None where it is not known what a layer does with it."""
+        known = [
+            condition.through(block.modulation)
+            for block in self
+            if isinstance(block, Block) and block.modulation is not None
+        ]
+        return known if len(known) == len(self) else None
+
     def forward(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Mask,
-        condition: Condition | None = None,
+        condition: Condition | list[Tensor] | None = None,
         past: Sequence[KeyValues | None] | None = None,
     ) -> Tensor:
-        for block, remembered in zip(self, past or [None] * len(self), strict=True):
+        """x: [B, L, D]; condition: one for all layers, or their `modulations`."""
+        conditions = condition if isinstance(condition, list) else [condition] * len(self)
+        for block, of_layer, remembered in zip(self, conditions, past or [None] * len(self), strict=True):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, mask, condition, use_reentrant=False)
+                x = checkpoint(block, x, rotary, mask, of_layer, use_reentrant=False)
             else:
-                x = block(x, rotary, mask, condition, remembered)
+                x = block(x, rotary, mask, of_layer, remembered)
         return x
 
 
