@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from debian import PATH, why_missing
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("slurm-wlm", "munge")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian puts daemons, which not every shell looks at
 NODES = ("node1", "node2")
 CREDENTIALS_EXPIRE = 5  # seconds; a requeued job waits at least as long
 CONFIGURATION = """
@@ -62,20 +63,7 @@ def missing() -> str | None:
     """Why there can be no cluster here, or None; installs the packages if it may."""
     if os.geteuid() != 0:
         return "not root: slurmd and munged cannot be started"
-    absent = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
-    if not absent:
-        return None
-    if shutil.which("apt-get") is None:
-        return f"{', '.join(absent)} not found, and there is no apt-get to install {', '.join(PACKAGES)}"
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *PACKAGES]
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    installed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if installed.returncode:  # its lists may be old, or absent
-        subprocess.run(["apt-get", "update"], env=environment, capture_output=True, check=False)
-        installed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        return f"{' '.join(command)} failed: {' '.join(installed.stderr.split()[-30:])}"
-    return None
+    return why_missing(DAEMONS, PACKAGES)
 
 
 def wait_until(true: Callable[[], object], what: str, timeout: float = 60, every: float = 0.2) -> None:

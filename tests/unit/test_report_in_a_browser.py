@@ -9,13 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from debian import why_missing
 from example_results import example_result
 
 from vmd_scale.config_file import load_config
 from vmd_scale.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LONG = "w" * 200  # a word without an end, and still the name of a file
 # The frame stands for the screen: a browser's own window cannot be narrower than 500 pixels.
 FRAME = """<!DOCTYPE html><meta charset="utf-8"><iframe id="page" style="width: {width}px; height: 800px; border: 0"
@@ -32,7 +33,13 @@ document.getElementById("page").addEventListener("load", event => {{
 }});
 </script>"""
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None and (why := why_missing(["chromium"], ["chromium"])):
+        pytest.skip(why)
+    return found or "chromium"
 
 
 def run_folder(folder: Path, latent: int, steps: list) -> Path:
@@ -53,13 +60,13 @@ def run_folder(folder: Path, latent: int, steps: list) -> Path:
     return folder
 
 
-def shown(page: Path, width: int, folder: Path) -> dict:
+def shown(browser: str, page: Path, width: int, folder: Path) -> dict:
     """What a browser makes of a page on a screen that is so wide, everything folded being open."""
     frame = folder / f"frame-{width}.html"
     frame.write_text(FRAME.format(width=width, page=html.escape(page.read_text())))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--window-size=1600,900"]
     profile = f"--user-data-dir={folder / 'profile'}"
-    command = [str(BROWSER), *options, profile, "--dump-dom", frame.as_uri()]
+    command = [browser, *options, profile, "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
@@ -68,10 +75,10 @@ def shown(page: Path, width: int, folder: Path) -> dict:
 
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("count", [1, 2])
-def test_nothing_is_wider_than_the_screen_and_every_picture_is_drawn(width, count, tmp_path, monkeypatch):
+def test_nothing_is_wider_than_the_screen_and_every_picture_is_drawn(browser, width, count, tmp_path, monkeypatch):
     monkeypatch.setattr("vmd_scale.report.figures.DPI", 30)
     runs = [run_folder(tmp_path / "vmd" / LONG, 8, [1, 4, "inf"]), run_folder(tmp_path / "mdm", 0, [1, 4, "inf"])]
-    found = shown(write_report(runs[:count], tmp_path / "page.html"), width, tmp_path)
+    found = shown(browser, write_report(runs[:count], tmp_path / "page.html"), width, tmp_path)
     assert width - 20 <= found["screen"] <= width  # there may be a scroll bar
     assert found["page"] == found["screen"], found["wide"]
     assert not found["wide"]
