@@ -1,16 +1,18 @@
-"""A training step: our VMD against our MDM, the head only where masked, the price of DeepSpeed and the loop.
+"""A training step: our VMD against our MDM, with and without what makes it fast, the price of DeepSpeed and the loop.
 
     python benchmarks/train_step.py --json train_step.json
     python benchmarks/train_step.py --only vmd --vocab 27 --rounds 9 --encoder 1x128 --encoder 1x256
 
 Both sides take turns in one run; ratios are medians over rounds. Steps are bare PyTorch (forward, backward, clipping,
 AdamW, EMA) but in `overhead`, where the same step goes through DeepSpeed (ZeRO-0; on a GPU ZeRO-1), our loop and its
-telemetry.
+telemetry. `techniques` changes one thing at a time of a VMD step; `speed` is that of the changed step against the step
+as it is, and `peak_mib` is what it takes beside weights and optimizer. On a GPU the step as it is has compiled blocks.
 """
 
 import argparse
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,34 @@ def vmd_against_mdm(vocab: int, rows: int, rounds: int, encoders: list[str], dev
             "tokens_per_second": tokens / seconds,
             "of_mdm": ratio(times, "mdm", name),
             "parameters": sum(p.numel() for p in steps[name].parameters),
+        }
+        for name, seconds in medians(times).items()
+    }
+
+
+def techniques(vocab: int, rows: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """A VMD step as it is, and with one thing changed at a time."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    a = shape(**SHAPE, vocab=vocab, latent=True)
+    as_large = replace(a, encoder_layers=a.layers, encoder_width=a.width)
+    compiled = "blocks not compiled" if on_gpu else "blocks compiled"
+    steps = {
+        "as it is": BareStep(a, rows, device, dtype, compiled=on_gpu),
+        "attention by its formula": BareStep(replace(a, attention="reference"), rows, device, dtype, compiled=on_gpu),
+        "encoder as large as the denoiser": BareStep(as_large, rows, device, dtype, compiled=on_gpu),
+        "AdamW not fused": BareStep(a, rows, device, dtype, compiled=on_gpu, fused=False),
+        compiled: BareStep(a, rows, device, dtype, compiled=not on_gpu),
+    }
+    for kind in ("selective", "full"):
+        step = steps[f"checkpointing: {kind}"] = BareStep(a, rows, device, dtype, compiled=on_gpu)
+        step.model.checkpoint_activations(kind)
+    times = in_turns(steps, rounds)
+    return {
+        name: {
+            "seconds": seconds,
+            "speed": ratio(times, "as it is", name),
+            "peak_mib": peak_bytes(steps[name], device) / 2**20,
         }
         for name, seconds in medians(times).items()
     }
@@ -146,7 +176,7 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["vmd", "head", "overhead"], help="one part instead of all")
+    parser.add_argument("--only", choices=["vmd", "techniques", "head", "overhead"], help="one part instead of all")
     parser.add_argument("--vocab", type=int, nargs="+", default=[50_258, 27])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
@@ -172,6 +202,9 @@ def main() -> None:
         if args.only in (None, "vmd"):
             part = vmd_against_mdm(vocab, args.rows, args.rounds, args.encoder, device)
             report(f"VMD against MDM, vocabulary {vocab}", part)
+    if args.only in (None, "techniques"):
+        vocab = min(args.vocab)
+        report(f"techniques, vocabulary {vocab}", techniques(vocab, args.rows, args.rounds, device))
     if args.only in (None, "head"):
         vocab = max(args.vocab)
         report(f"head, vocabulary {vocab}", head_only_where_masked(vocab, args.rows, args.rounds, device))

@@ -41,7 +41,7 @@ def shape(layers: int, width: int, heads: int, length: int, vocab: int, latent: 
 class BareStep:
     """Calls are training steps. In bf16, the optimizer works on fp32 masters, as ZeRO does.
 
-    `objective`: what a VMD is trained with; an MDM always has nelbo with T = inf.
+    `objective`: what a VMD is trained with; an MDM always has nelbo with T = inf. `fused`: AdamW in one kernel.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class BareStep:
         objective: str = "vmd",
         compiled: bool = False,
         model: VMD | None = None,
+        fused: bool = True,
     ) -> None:
         torch.manual_seed(0)
         self.model = (VMD(a) if model is None else model).to(device, dtype).train()
@@ -68,7 +69,7 @@ class BareStep:
         matrices = [p for p in self.masters if p.dim() >= 2]
         vectors = [p for p in self.masters if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4, fused=True
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4, fused=fused
         )
         if compiled:
             self.model.compiled_loss = self.device.type == "cuda"
