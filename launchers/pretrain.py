@@ -54,8 +54,8 @@ def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
+    from vmd_scale.planning.describe import describe_run
     from vmd_scale.planning.hardware import peak_flops
-    from vmd_scale.planning.plan import describe_run
     from vmd_scale.training.engine import resolve_precision
     from vmd_scale.training.start import check_before_start
 

@@ -9,8 +9,8 @@ from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
 from vmd_scale.initial_weights import WITHOUT_ENCODER
+from vmd_scale.planning.workload import fitting_micro_batch
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.engine import fitting_micro_batch
 
 LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
