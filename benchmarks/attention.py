@@ -44,7 +44,7 @@ def measure(length: int, rows: int, heads: int, width: int, rounds: int, device:
     def case(kernel: str, mask: Mask) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
 
-    cases = {f"{mask}: {kernel_name(kernel)}": case(kernel, m) for (mask, kernel), m in masks.items()}
+    cases = {f"{mask}: {kernel_name(kernel, head_width=width)}": case(kernel, m) for (mask, kernel), m in masks.items()}
     flops = 3 * 4 * rows * heads * width * length**2  # dense; masks leave some of it out
     return {
         name: {"milliseconds": 1e3 * seconds, "dense_tflops": flops / seconds / 1e12}

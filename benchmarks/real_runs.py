@@ -30,6 +30,7 @@ def resumed(tiny: bool) -> dict[str, Any]:
                     "training.global_batch": 8,
                     "training.micro_batch": 4,
                     "training.precision": "fp32" if tiny else "bf16",
+                    "training.deterministic": "true",
                     "training.checkpoint_every": 3,
                     "evaluation.every": "null",
                     "telemetry.log_every": 1,

@@ -237,6 +237,13 @@ def test_the_run_learns_something_and_its_records_are_complete(lab, whole):
     assert json.loads((whole / "config.json").read_text())["training"]["steps"] == LAST
 
 
+def test_a_deterministic_run_is_what_a_cpu_computes_anyway(lab, runs, whole):
+    """And draws its samples, which on a GPU would take an operation that has no deterministic form."""
+    settings = ("training.deterministic=true", "evaluation.every=12", "evaluation.samples=1", "evaluation.steps=2")
+    lab.pretrain(runs / "deterministic", *settings)
+    assert_same_run(lab, runs / "deterministic", whole)
+
+
 def test_a_run_killed_without_warning_goes_on_bit_for_bit(lab, whole, killed):
     assert killed["codes"] == [-signal.SIGKILL] * 2
     assert 6 <= killed["records"][-1]["step"] < LAST  # on the way: what came after step 4 was lost
