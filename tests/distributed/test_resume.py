@@ -232,7 +232,11 @@ def test_the_run_learns_something_and_its_records_are_complete(lab, whole):
     records = lab.metrics(whole, timed=True)
     assert np.mean(lab.losses(whole)[-3:]) < np.mean(lab.losses(whole)[:3])
     wanted = {"step", "tokens", "loss", "reconstruction", "kl", "kl_weight", "lr", "grad_norm", "skipped_steps"}
-    assert all(wanted | {"tokens_per_second", "mfu", "data_wait_fraction"} == record.keys() for record in records)
+    assert all(
+        wanted | {"tokens_per_second", "mfu", "data_wait_fraction", "peak_memory_gib"} == record.keys()
+        for record in records
+    )
+    assert all(0.05 < record["peak_memory_gib"] < 8 for record in records)
     assert [record["tokens"] for record in records] == [256 * (n + 1) for n in range(LAST)]
     assert json.loads((whole / "config.json").read_text())["training"]["steps"] == LAST
 

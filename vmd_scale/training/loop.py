@@ -24,6 +24,7 @@ from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.planning.hardware import peak_flops
+from vmd_scale.planning.peaks import peak_of_process
 from vmd_scale.planning.workload import flops_of
 from vmd_scale.precision import describe_kernels
 from vmd_scale.tokenization import Tokenizer
@@ -348,6 +349,7 @@ class Trainer:
             "tokens_per_second": new_tokens / seconds,
             "mfu": positions * self.flops_per_token / (seconds * self.peak_flops * self.world.size),
             "data_wait_fraction": waited / seconds,
+            "peak_memory_gib": peak_of_process(self.world.device) / 2**30,  # of rank 0, since this start
             "skipped_steps": self.skipped_steps,
         }
 
