@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from comparing import Report, in_turns, medians, table
+from workload import attention_flops
 
 from vmd_scale.model.attention import (
     Documents,
@@ -45,7 +46,7 @@ def measure(length: int, rows: int, heads: int, width: int, rounds: int, device:
         return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
 
     cases = {f"{mask}: {kernel_name(kernel, head_width=width)}": case(kernel, m) for (mask, kernel), m in masks.items()}
-    flops = 3 * 4 * rows * heads * width * length**2  # dense; masks leave some of it out
+    flops = attention_flops(rows, heads, width, length)
     return {
         name: {"milliseconds": 1e3 * seconds, "dense_tflops": flops / seconds / 1e12}
         for name, seconds in medians(in_turns(cases, rounds, warmup=2)).items()
