@@ -273,7 +273,7 @@ print(*peaks, peak_of_process(torch.device("cpu")))
     before, with_more, after = map(int, done.stdout.split())
     assert before < 4 * larger.numel()
     assert 2**28 <= with_more - before <= 1.1 * 2**28
-    assert after == with_more
+    assert after == pytest.approx(with_more, rel=1e-3)  # the kernel counts pages roughly
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
