@@ -42,6 +42,7 @@ from vmd_scale.evaluation.published import generative_figures
 from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
+from vmd_scale.precision import PRECISIONS, describe_kernels
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.start import verify_together
 
@@ -62,12 +63,14 @@ def main() -> None:
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if world is None else world.device
         ranks = Ranks() if world is None else Ranks(world.rank, world.size, world.host_group)
-        trained = load_trained(args.checkpoint, args.weights, device)
+        trained = load_trained(args.checkpoint, args.weights, device, args.precision)
         if args.compile:
             trained.model.compile_blocks()
         say = print if ranks.rank == 0 else lambda *_: None
         say(f"{trained.checkpoint}, {trained.weights} weights")
-        if args.protocol == "generation":
+        generates, padded = args.protocol == "generation", trained.config.data.packing == "pad"
+        say(describe_kernels(trained.model, trained.precision, padded and not generates, generates))
+        if generates:
             results = generate(args, trained, ranks, say)
         elif args.protocol == "zero_shot":
             prepared_in = Path(args.shards or trained.checkpoint.parent.parent / "zero_shot")
@@ -106,6 +109,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--paths", choices=LAWS, help="law of the revealing order; default: the run's own")
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="the moving average of the weights, or the last ones"
+    )
+    parser.add_argument(
+        "--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, unless the run asked for fp32"
     )
     parser.add_argument("--shards", metavar="DIR", help="the prepared data; default: what the run was trained on")
     parser.add_argument("--seed", type=int, default=0, help="of all noise")

@@ -26,6 +26,7 @@ from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import check_writable, write_json
 from vmd_scale.model import Architecture
+from vmd_scale.precision import PRECISIONS, describe_kernels
 
 HOLE = "[MASK]"
 
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument(
         "--weights", default="ema", choices=["ema", "raw"], help="the moving average of the weights, or the last ones"
     )
+    parser.add_argument(
+        "--precision", default="auto", choices=PRECISIONS, help="auto: bf16 on a GPU, unless the run asked for fp32"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all noise")
     parser.add_argument("--micro-batch", type=int, default=16, help="rows in one forward; does not change the samples")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks: a minute, then faster")
@@ -75,7 +79,9 @@ def main() -> None:
         raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: both must be at least 1")
     check_writable(args.json, "--json")
     steps = parse_step_list(args.steps, "--steps")
-    trained = load_trained(args.checkpoint, args.weights, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = load_trained(args.checkpoint, args.weights, device, args.precision)
+    print(describe_kernels(trained.model, trained.precision, padded=False, sampling=True))
     if args.compile:
         trained.model.compile_blocks()
     prompt, a = prompt_tokens(args.prompt, trained), trained.model.architecture
@@ -91,7 +97,8 @@ def main() -> None:
             for row in sample(trained.model, sampler, Noise(args.seed), some, *given_rows(prompt, some, a)).tolist()
         ]
         texts = [trained.tokenizer.decode(until_end(row, len(prompt), trained.tokenizer.end_id)) for row in rows]
-        drawn = {**asdict(sampler), "steps": name, "seed": args.seed, "weights": trained.weights, "step": trained.step}
+        drawn = {**asdict(sampler), "steps": name, "seed": args.seed, "weights": trained.weights}
+        drawn |= {"precision": trained.precision, "step": trained.step}
         if args.prompt:
             drawn["prompt"] = args.prompt
         records.append({**drawn, "texts": texts})

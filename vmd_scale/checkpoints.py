@@ -28,6 +28,7 @@ from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD
+from vmd_scale.precision import DTYPES, precision_on
 from vmd_scale.tokenization import Tokenizer, load_tokenizer
 
 LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
@@ -126,6 +127,7 @@ class TrainedModel:
     step: int
     weights: str  # ema | raw
     checkpoint: Path
+    precision: str = "fp32"  # that it computes in: fp32 | bf16
 
 
 def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
@@ -148,11 +150,14 @@ def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
     return found[-1]
 
 
-def load_trained(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> TrainedModel:
+def load_trained(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", precision: str = "fp32"
+) -> TrainedModel:
     """Load a run folder or checkpoint folder.
 
     Args:
         weights: ema | raw.
+        precision: fp32 | bf16 | auto, which is bf16 on a GPU that has it, unless the run asked for fp32.
 
     Raises:
         UserError: no checkpoint, damaged files, no EMA, weights of another network, or a tokenizer that is not the one
@@ -180,4 +185,9 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
             f"{checkpoint}: its weights do not fit the network that its configuration names (a network of your own, or "
             f"another version of this project): {' '.join(str(error).split())[:300]}"
         ) from None
-    return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)
+    device = torch.device(device)
+    if precision == "auto" and config.training.precision == "fp32":
+        precision = "fp32"
+    precision = precision_on(device, precision)
+    model = model.to(device, DTYPES[precision]).eval()
+    return TrainedModel(model, config, tokenizer, state["step"], weights, checkpoint, precision)

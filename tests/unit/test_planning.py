@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -256,6 +258,24 @@ def kept_bytes(forward):
     events = profiler.profiler.kineto_results.events()
     del result
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_the_peak_of_a_process_is_its_own_and_does_not_fall():
+    script = """
+import torch
+from vmd_scale.planning.peaks import peak_of_process
+peaks = [peak_of_process(torch.device("cpu"))]
+x = torch.ones(2**26)
+peaks.append(peak_of_process(torch.device("cpu")))
+del x
+print(*peaks, peak_of_process(torch.device("cpu")))
+"""
+    larger = torch.ones(2**28)  # of the process that starts it
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, with_more, after = map(int, done.stdout.split())
+    assert before < 4 * larger.numel()
+    assert 2**28 <= with_more - before <= 1.1 * 2**28
+    assert after == pytest.approx(with_more, rel=1e-3)  # the kernel counts pages roughly
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -41,12 +41,13 @@ def test_every_logged_step_is_a_line_and_only_a_terminal_has_a_bar(tmp_path, mon
     for step in range(1, 41):
         telemetry.step()
         if step % 20 == 0:
-            telemetry.log({"step": step, "loss": step / 7, "kl": 0.5, "tokens_per_second": 1234.5, "mfu": 0.25})
+            record = {"step": step, "loss": step / 7, "kl": 0.5, "tokens_per_second": 1234.5, "mfu": 0.25}
+            telemetry.log({**record, "peak_memory_gib": 12.34})
     telemetry.went_back_to(20)
     telemetry.close()
     said = [line.partition(" INFO ")[2] for line in (tmp_path / LOG).read_text().splitlines()]
     assert len(said) == 2
-    assert said[0].startswith("step 20 of 1200: loss 2.8571, KL 0.5000, 1,234 tokens/s, MFU 25%, ")
+    assert said[0].startswith("step 20 of 1200: loss 2.8571, KL 0.5000, 1,234 tokens/s, MFU 25%, 12.3 GiB, ")
     assert said[1].endswith(" left")
     assert ("\r" in screen.getvalue()) == is_terminal
     assert ("% step " in screen.getvalue()) == is_terminal

@@ -24,6 +24,7 @@ MEASURED = (
     "standard_error",
     "perplexity",
     "rows",
+    "precision",
 )
 RUN_RESULTS = ("evaluations.jsonl", "evaluation.json")  # of a run folder: made by training, and by evaluate.py
 
@@ -114,7 +115,8 @@ def model_card(trained: TrainedModel, results: Sequence[Result], has_encoder: bo
         )
         lines += ["", "| " + " | ".join(MEASURED) + " |", "|" + "---|" * len(MEASURED)]
         for result in results:
-            cells = [f"{v:.4f}" if isinstance(v := getattr(result, key), float) else str(v) for key in MEASURED]
+            values = [getattr(result, key) for key in MEASURED]
+            cells = [f"{v:.4f}" if isinstance(v, float) else "not recorded" if v is None else str(v) for v in values]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "`standard_error` is of nats per token, over rows."]
         lines += [f"\nCaveat: {caveat}" for caveat in dict.fromkeys(r.caveat for r in results) if caveat]

@@ -245,6 +245,7 @@ def _bound_table(results: Sequence[Result], unit: str) -> str:
         f"{unit}s": lambda r: f"{r.tokens:,}",
         "rows": lambda r: f"{r.rows:,}",
         "weights": lambda r: r.weights,
+        "precision": lambda r: r.precision or "not recorded",
         "step": lambda r: f"{r.step:,}",
         "paths": lambda r: r.paths,
         "protocol": lambda r: r.protocol,
@@ -252,7 +253,7 @@ def _bound_table(results: Sequence[Result], unit: str) -> str:
     }
     if any(r.vmd_surrogate is not None for r in results):
         columns["vmd_surrogate (not a bound)"] = lambda r: "" if r.vmd_surrogate is None else f"{r.vmd_surrogate:.4f}"
-    words = {"latent", "bound", "weights", "paths", "protocol", "split"}
+    words = {"latent", "bound", "weights", "precision", "paths", "protocol", "split"}
     kind = {name: "" if name in words else ' class="number"' for name in columns}
     head = "".join(f"<th{kind[name]}>{html.escape(name)}</th>" for name in columns)
     body = "".join(

@@ -13,6 +13,7 @@ from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.verification import remember, verify_share
+from vmd_scale.determinism import be_deterministic
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
 from vmd_scale.files import check_writable, write_atomically
@@ -121,6 +122,8 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
         UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
     """
     config = config.resolved()
+    if config.training.deterministic:
+        be_deterministic()
     check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)

@@ -74,6 +74,7 @@ class Telemetry:
             self._wandb.metrics(record)
         kl = f", KL {record['kl']:.4f}" if self._has_latent else ""
         said = f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {record['mfu']:.0%}"
+        said += f", {record['peak_memory_gib']:.1f} GiB"
         log.info("step %d of %d: %s, %s left", record["step"], self._steps, said, self._time_left(record["step"]))
         if self._bar is not None:
             self._bar.set_postfix_str(said)
