@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
@@ -329,12 +330,26 @@ def test_push_uploads_the_folder_privately_and_a_failure_is_one_sentence(tmp_pat
             calls.append((name, private))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns, delete_patterns):
             calls.append((repo_id, folder_path))
+            there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "spiece.model"]
+            there += ["NOTES.md", "adapter_model.safetensors", "onnx/model.safetensors", ".gitattributes"]
+            deleted.extend(huggingface_hub.utils.filter_repo_objects(there, allow_patterns=delete_patterns))
+            assert (
+                list(huggingface_hub.utils.filter_repo_objects([".export/new/a"], ignore_patterns=ignore_patterns))
+                == []
+            )
 
+    deleted = []
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(tmp_path, "me/model") == "https://hub/me/model"
     assert calls == [("me/model", True), ("me/model", tmp_path)]
+    assert deleted == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "spiece.model",
+    ]
 
     def unreachable(self, *arguments, **options):
         raise OSError("no route to host\nand more")
