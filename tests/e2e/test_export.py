@@ -270,6 +270,20 @@ def test_the_model_card_shows_what_was_measured_of_these_weights_and_nothing_els
 
 
 @pytest.mark.parametrize("exported", ["vmd"], indirect=True)
+def test_what_the_model_card_shows_runs(exported, lab):
+    pytest.importorskip("transformers", reason="AutoModel is transformers' (pip install '.[transformers]')")
+    folder = exported["folder"] / "out"
+    blocks = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    assert "the first [MASK] of the" in blocks[0]
+    for block in blocks:
+        environment = {"HF_HOME": str(exported["folder"] / "hf"), "HF_HUB_OFFLINE": "1"}
+        code = block.replace("THIS FOLDER", str(folder))
+        done = lab.command([sys.executable, "-c", code], cwd=folder, **environment)
+        assert done.code == 0, done.text
+
+
+@pytest.mark.parametrize("exported", ["vmd"], indirect=True)
 @torch.no_grad()
 def test_raw_weights_are_those_that_were_trained_last(exported, lab, loaded_alone):
     """`--weights raw`: not the average, and the same logits."""

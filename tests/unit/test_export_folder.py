@@ -5,29 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from untrained_models import untrained
 
-from vmd_scale.build import build_model
 from vmd_scale.checkpoints import TrainedModel
-from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.export import folder as export_folder
 from vmd_scale.export.folder import export
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.tokenization import load_tokenizer
-
-
-def trained(seed: int, tokenizer: str = "text8", **sections: dict) -> TrainedModel:
-    """A model that nothing trained."""
-    values = {
-        "data": {"corpus": "text", "tokenizer": tokenizer, "row_length": 8, "shards": "unused"},
-        "model": {"layers": 1, "width": 16, "heads": 2},
-        "latent": {"width": 3, "encoder_layers": 1},
-        "training": {"steps": 1, "global_batch": 1, "micro_batch": 1, "precision": "fp32"},
-    }
-    config = parse_config(values | sections, "test")
-    of_name = load_tokenizer(tokenizer)
-    torch.manual_seed(seed)
-    return TrainedModel(build_model(config, of_name.vocab_size), config, of_name, seed, "ema", Path("runs/a/b/step-1"))
 
 
 def names(folder: Path) -> set[str]:
@@ -41,7 +26,7 @@ def is_of(model: torch.nn.Module, wanted: TrainedModel) -> bool:
 
 def test_what_the_exporter_did_not_write_stays(tmp_path: Path) -> None:
     """A cloned repository of a hub, with notes in it."""
-    folder = export(trained(1), tmp_path / "out")
+    folder = export(untrained(1), tmp_path / "out")
     kept = {
         ".git/HEAD": "ref: refs/heads/main",
         ".gitattributes": "*.safetensors filter=lfs",
@@ -53,27 +38,27 @@ def test_what_the_exporter_did_not_write_stays(tmp_path: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
     (folder / "README.md").write_text("of yesterday")
-    again = trained(2)
+    again = untrained(2)
     export(again, folder, encoder=True)
     assert {name: (folder / name).read_text() for name in kept} == kept
     assert "yesterday" not in (folder / "README.md").read_text()
     assert not (folder / ".export").exists()
     assert names(tmp_path) == {"out"}  # nothing beside it
-    fresh = trained(3).model
+    fresh = untrained(3).model
     initialize_from(fresh, str(folder))
     assert is_of(fresh, again)
 
 
 def test_files_of_an_earlier_export_do_not_outlive_it(tmp_path: Path, loaded_alone) -> None:
     """Of another number of shards and another kind of tokenizer: loaders would prefer them."""
-    folder = export(trained(1), tmp_path / "out", max_shard_size="4KB")
+    folder = export(untrained(1), tmp_path / "out", max_shard_size="4KB")
     assert (folder / "model.safetensors.index.json").exists()
-    whole = trained(2, tokenizer="symbols:30")
+    whole = untrained(2, data={"tokenizer": "symbols:30"})
     export(whole, folder)
     assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
     assert is_of(loaded_alone(folder), whole)
     assert load_tokenizer(str(folder)).fingerprint == whole.tokenizer.fingerprint
-    in_pieces = trained(3)
+    in_pieces = untrained(3)
     export(in_pieces, folder, max_shard_size="4KB")
     assert not (folder / "model.safetensors").exists()
     assert is_of(loaded_alone(folder), in_pieces)
@@ -88,7 +73,7 @@ class Killed(BaseException):
 def test_killed_at_any_rename_it_is_one_of_the_two_models_and_never_a_mixture(
     earlier: bool, tmp_path: Path, loaded_alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new, replace = trained(1), trained(2), os.replace
+    old, new, replace = untrained(1), untrained(2), os.replace
     calls = 99
     for at in range(99):
         folder = tmp_path / f"at {at}"
@@ -136,7 +121,7 @@ def test_killed_at_any_rename_it_is_one_of_the_two_models_and_never_a_mixture(
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("")
     with pytest.raises(UserError, match="exists and is not an exported model"):
-        export(trained(1), tmp_path)
+        export(untrained(1), tmp_path)
     assert names(tmp_path) == {"photo.jpg"}
 
 
@@ -144,6 +129,6 @@ def test_a_folder_that_is_a_link_is_filled_where_it_points(tmp_path: Path) -> No
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for seed in (1, 2):
-        export(trained(seed), tmp_path / "out")
+        export(untrained(seed), tmp_path / "out")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "config.json").exists()

@@ -18,6 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.classification import Accuracy
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import model_card
 from vmd_scale.export.standalone import FILE_NAME, TRANSFORMERS_FILE_NAME, modelling_source, transformers_source
@@ -65,11 +66,12 @@ def export(
     encoder: bool = False,
     dtype: str = "fp32",
     max_shard_size: str = "5GB",
+    accuracies: Sequence[Accuracy] = (),
 ) -> Path:
     """Write the model into `folder`, which loads whole or not at all; files that are not an export's stay.
 
     Args:
-        results: evaluation results of these weights, for the model card.
+        results, accuracies: what was measured of these weights, for the model card.
         encoder: q(z | x0, m) as well: bounds and further training need it, sampling does not.
         dtype: fp32 | bf16 | fp16, of the weights in the files.
         max_shard_size: a larger model is cut into several files.
@@ -86,7 +88,7 @@ def export(
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (new / FILE_NAME).write_text(modelling_source(), encoding="utf-8")
     (new / TRANSFORMERS_FILE_NAME).write_text(transformers_source(), encoding="utf-8")
-    (new / "README.md").write_text(model_card(trained, results, has_encoder), encoding="utf-8")
+    (new / "README.md").write_text(model_card(trained, results, has_encoder, accuracies), encoding="utf-8")
     for name, content in trained.tokenizer.files().items():
         (new / name).write_bytes(content)
     tensors = {
