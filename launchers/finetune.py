@@ -19,11 +19,12 @@ exit codes. With labels, the accuracy on validation and test is printed at the e
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vmd_scale.checkpoints import load_trained
+from vmd_scale.checkpoints import checkpoint_id, load_trained
 from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -102,7 +103,9 @@ def accuracies(run: Path, weights: str) -> str:
     shards = trained.config.data.shards
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
     readers = {split: ShardReader(shards, split, cache=shard_cache(trained.config.data)) for split in splits}
-    results = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
+    found = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
+    checkpoint = checkpoint_id(trained.checkpoint)
+    results = [replace(r, step=trained.step, weights=trained.weights, checkpoint=checkpoint) for r in found]
     write_json(run / "classification.json", [result.to_dict() for result in results])
     return table(results)
 

@@ -152,7 +152,7 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def _of_folder(folder: Path) -> dict[str, Tensor]:
-    """All that a folder's index names, or without an index all files of weights."""
+    """All that a folder's index names; without one model.safetensors, or else all files of weights."""
     index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
     if index is not None:
         placed = _weight_map(index)
@@ -163,7 +163,8 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
         if lost:
             raise UserError(f"training.init_from {index}: names {lost[0]}, which is not in {placed[lost[0]]}")
         return weights
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    kinds = ("model.safetensors", "*.safetensors", "pytorch_model*.bin")
+    files = next((found for kind in kinds if (found := sorted(folder.glob(kind)))), [])
     if not files:
         raise UserError(f"training.init_from {folder}: no checkpoint, no *.safetensors and no pytorch_model*.bin in it")
     return {name: value for file in files for name, value in _of_file(file).items()}

@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from vmd_scale.errors import UserError
+from vmd_scale.files import read_json
 from vmd_scale.tokenization.characters import MOST_SYMBOLS, CharacterTokenizer, SymbolTokenizer
+from vmd_scale.tokenization.exported import ORIGINAL, TOKENIZER_CONFIG
 from vmd_scale.tokenization.interface import Tokenizer
 from vmd_scale.tokenization.sentences import sentencepiece_tokenizer
 from vmd_scale.tokenization.subword import bert_tokenizer, gpt2_tokenizer, with_named_specials
@@ -77,6 +80,8 @@ def _places(name: str) -> list[Path]:
 
 def _load_path(name: str, path: Path) -> Tokenizer:
     if path.is_dir():
+        if (original := _original_in(path)) is not None:
+            return _load_path(name, original)
         loaders = _loaders_in(name, path)
         # these are complete by themselves; other files beside them only repeat what they say
         for complete in ("characters", "symbols", "tokenizer.json"):
@@ -99,6 +104,14 @@ def _load_path(name: str, path: Path) -> Tokenizer:
     if path.suffix == ".json":
         return _load_tokenizer_json(name, path)
     raise UserError(f"data.tokenizer {name!r}: unknown kind of file; expected {'; '.join(_expected_files().values())}")
+
+
+def _original_in(folder: Path) -> Path | None:
+    """What an exported tokenizer.json was made from, which had no mask."""
+    path = folder / TOKENIZER_CONFIG
+    settings = read_json(path, dict[str, Any]) if path.is_file() else {}
+    original = settings.get(ORIGINAL)
+    return folder / Path(original).name if isinstance(original, str) else None
 
 
 def _loaders_in(name: str, folder: Path) -> dict[str, Callable[[], Tokenizer]]:
