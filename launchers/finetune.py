@@ -95,7 +95,7 @@ def parse_source(text: str | None) -> str | dict[str, str] | None:
 def accuracies(run: Path, weights: str) -> str:
     """Of validation and test; a table, and classification.json."""
     from vmd_scale.data.manifest import read_manifest
-    from vmd_scale.evaluation.classification import classify, label_tokens, table
+    from vmd_scale.evaluation.classification import CLASSIFICATION, classify, label_tokens, table
 
     trained = load_trained(run, weights, device="cuda" if torch.cuda.is_available() else "cpu")
     _, labels = label_tokens(trained.config, trained.tokenizer)
@@ -103,7 +103,7 @@ def accuracies(run: Path, weights: str) -> str:
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
     readers = {split: ShardReader(shards, split, cache=shard_cache(trained.config.data)) for split in splits}
     results = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
-    write_json(run / "classification.json", [result.to_dict() for result in results])
+    write_json(run / CLASSIFICATION, [result.to_dict() for result in results])
     return table(results)
 
 

@@ -18,7 +18,7 @@ from vmd_scale.files import write_atomically
 from vmd_scale.training.wandb_log import WandbLog
 
 METRICS, EVALUATIONS, LATENT, EVENTS = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "events.jsonl"
-SAMPLES = "samples.jsonl"
+SAMPLES, FACTS = "samples.jsonl", "facts.json"
 LOG = "log.txt"
 log = logging.getLogger(__name__)
 
