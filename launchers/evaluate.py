@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained, run_folder_of
 from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
@@ -42,6 +42,7 @@ from vmd_scale.evaluation.published import generative_figures
 from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
+from vmd_scale.tokenization import kept_tokenizer
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.start import verify_together
 
@@ -70,7 +71,7 @@ def main() -> None:
         if args.protocol == "generation":
             results = generate(args, trained, ranks, say)
         elif args.protocol == "zero_shot":
-            prepared_in = Path(args.shards or trained.checkpoint.parent.parent / "zero_shot")
+            prepared_in = Path(args.shards or run_folder_of(trained.checkpoint) / "zero_shot")
             prepare_zero_shot(sources, trained, prepared_in, world)
             results = []
             for name in sources:
@@ -179,9 +180,12 @@ def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str,
 def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Path, world: World | None) -> None:
     """Rank 0 prepares, the others wait; what is wrong is an error on all of them."""
 
+    kept = kept_tokenizer(trained.config.data.tokenizer, run_folder_of(trained.checkpoint))
+    data = trained.config.data.model_copy(update={"tokenizer": kept})
+
     def prepare() -> None:
         for name, source in sources.items():
-            prepare_set(name, source, trained.config.data, folder)
+            prepare_set(name, source, data, folder)
 
     prepare() if world is None else world.on_main(prepare)
 

@@ -28,7 +28,7 @@ from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD
-from vmd_scale.tokenization import Tokenizer, load_tokenizer
+from vmd_scale.tokenization import Tokenizer, kept_tokenizer, load_tokenizer
 
 LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
 
@@ -51,6 +51,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    return checkpoint.absolute().parents[1]
 
 
 def checkpoint_id(checkpoint: Path) -> str:
@@ -165,10 +169,11 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
         raise UserError(f"{checkpoint}: {problem}")
     state = json.loads((checkpoint / RUN_STATE).read_text())
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    place = kept_tokenizer(config.data.tokenizer, run_folder_of(checkpoint))
+    tokenizer = load_tokenizer(place)
     if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
         raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
+            f"data.tokenizer {place!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
             f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
     architecture = build_architecture(config, tokenizer.vocab_size)

@@ -122,6 +122,22 @@ def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypat
     assert stub.finished == 0
 
 
+def test_the_keys_are_those_that_are_documented(tmp_path, config, monkeypatch):
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    telemetry = Telemetry(tmp_path, config, True, 0)
+    telemetry.evaluation({"step": 1, "protocol": "rows", "steps": "inf", "bits_per_token": 2.0})
+    use(telemetry)
+    section = (ROOT / "docs" / "metrics.md").read_text().split("## wandb\n")[1]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    patterns = [re.sub("PROTOCOL|STEPS|NAME|R(?=$)", ".+", re.escape(name)) for name in names]
+    sent = {key for values in stub.logged for key in values} - {*RECORD}
+    for key in sent:
+        assert [pattern for pattern in patterns if re.fullmatch(pattern, key)], key
+    assert len(sent) == len(names)
+
+
 @pytest.mark.parametrize(
     ("options", "modes", "calls"),
     [

@@ -15,16 +15,16 @@ from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import check_writable, write_atomically
+from vmd_scale.files import check_writable, write_atomically, write_json
 from vmd_scale.model.attention import flash_available
-from vmd_scale.tokenization import Tokenizer, load_tokenizer
+from vmd_scale.tokenization import Tokenizer, keep_tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
 from vmd_scale.training.fp8 import check_fp8
 from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
-from vmd_scale.training.telemetry import start_logging
+from vmd_scale.training.telemetry import FACTS, start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
 log = logging.getLogger(__name__)
@@ -152,6 +152,8 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
+            write_json(run_folder / FACTS, {"unigram_bits_per_token": trainer.unigram_bits_per_token})
+            keep_tokenizer(tokenizer, run_folder)
         if first >= config.training.steps and not trainer.owes_evaluation:
             log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
             trainer.record("finished", first)
