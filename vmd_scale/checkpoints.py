@@ -80,11 +80,12 @@ def altered(path: Path, wanted: dict[str, Any]) -> str | None:
     return f"{path.name} was altered: its sha256 differs" if sha256_of(path) != wanted["sha256"] else None
 
 
-def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Path, kind: str, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """Whole fp32 weights of a checkpoint by parameter name, put together from all ranks' fragments.
 
     Args:
         kind: ema | raw.
+        shapes_only: on the meta device; values and checksums are not read.
 
     Raises:
         UserError: a file is missing or damaged, or there is no EMA.
@@ -96,7 +97,7 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     missing: dict[str, int] = {}
     found: set[str] = set()
     for name in names:
-        problem = damage(checkpoint / name, wanted[name])
+        problem = (missing_or_torn if shapes_only else damage)(checkpoint / name, wanted[name])
         if problem is not None:
             raise UserError(f"{checkpoint}: {problem}")
         with safe_open(checkpoint / name, framework="pt") as file:
@@ -106,12 +107,13 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
                 if its_kind not in (prefix, "frozen"):
                     continue
                 found.add(its_kind)
-                values = file.get_tensor(key)
                 if parameter not in weights:
-                    weights[parameter] = torch.empty(shapes[parameter])
+                    weights[parameter] = torch.empty(shapes[parameter], device="meta" if shapes_only else "cpu")
                     missing[parameter] = weights[parameter].numel()
-                weights[parameter].view(-1)[int(start) : int(start) + len(values)] = values
-                missing[parameter] -= len(values)
+                (count,) = file.get_slice(key).get_shape()
+                if not shapes_only:
+                    weights[parameter].view(-1)[int(start) : int(start) + count] = file.get_tensor(key)
+                missing[parameter] -= count
     if prefix not in found:
         raise UserError(f"{checkpoint} holds no {kind} weights" + (" (training.ema_decay 0)" if kind == "ema" else ""))
     incomplete = [parameter for parameter, count in missing.items() if count]

@@ -4,6 +4,7 @@ Most cases call a launcher's `main` in this process, because importing torch tak
 real.
 """
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -13,6 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from vmd_scale.build import build_model
+from vmd_scale.config_file import load_config
+from vmd_scale.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -346,6 +352,51 @@ def test_fine_tuning(refused, desk):
     news.write_text("".join(json.dumps({"prompt": "a", "label": label}) + "\n" for label in ("+1", "-1") * 20))
     line = refused("finetune", *fine_tuned(desk, corpus="labels", source=str(news)))
     assert "labels '+1' and '-1' are the same tokens by data.tokenizer 'text8' and data.normalizer 'text8'" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.layers=3"], "training.init_from weights.safetensors: has no denoiser.blocks.2."),
+        (
+            ["model.width=48", "model.heads=3"],
+            "denoiser.blocks.0.attention.out.weight is [32, 32], this model's is [48, 48]",
+        ),
+        (["data.row_length=64"], "position.weight is [32, 32], this model's is [64, 32]; a row may become shorter"),
+        (['training.trainable=["denoiser.haed.*"]'], "training.trainable: no parameter matches 'denoiser.haed.*'"),
+        (['training.trainable=["latent"]', "latent.width=0"], "'latent' needs a latent, but latent.width is 0"),
+        (['training.lora={"rank": 2, "layers": ["qkv"]}'], "training.lora.layers: no parameter matches 'qkv'"),
+        (["training.init_from=nothing.pt"], "training.init_from: no such file or folder: nothing.pt"),
+        (["training.init_from=text.pt"], "text.pt: not readable as weights alone"),
+        (["training.init_from=half.safetensors"], "half.safetensors: not readable as weights alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_first_weights_are_looked_at_before_the_corpus_is_prepared(refused, desk, settings, message):
+    """Which may take hours, and would leave shards in a folder that was named by mistake."""
+    config = load_config(desk.config)
+    weights = {name: value.contiguous() for name, value in build_model(config, 27).state_dict().items()}
+    save_file(weights, "weights.safetensors")
+    (desk.folder / "half.safetensors").write_bytes((desk.folder / "weights.safetensors").read_bytes()[:5000])
+    (desk.folder / "text.pt").write_text("no weights")
+    wanted = ["training.init_from=weights.safetensors", "data.shards=run/shards", *settings]
+    line = refused("pretrain", *pretrain(desk, *wanted), "--output", "run")
+    assert message in line
+
+
+def test_the_folder_of_another_run_is_left_alone(refused, desk):
+    """It would refuse to go on; but only after the corpus was prepared in it."""
+    checkpoint = desk.folder / "other" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    tokenizer = load_tokenizer("text8")
+    state = {"tokenizer_fingerprint": tokenizer.fingerprint, "config": load_config(desk.config).model_dump(mode="json")}
+    content = json.dumps(state).encode()
+    (checkpoint / "run_state.json").write_bytes(content)
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 4, "files": {"run_state.json": digest}}))
+    wanted = pretrain(desk, "training.global_batch=16", "data.shards=other/shards")
+    line = refused("pretrain", *wanted, "--output", "other")
+    assert "training.global_batch is 16, but other/checkpoints/step-00000004 was trained with 8" in line
 
 
 def test_report(refused, desk):
