@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained, run_folder_of
-from vmd_scale.commandline import HelpFormatter
+from vmd_scale.commandline import HelpFormatter, check_at_least, refuse_unused
 from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -144,18 +144,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.protocol not in NAMES:
         raise UserError(f"--protocol {args.protocol!r} does not exist; allowed: {', '.join(NAMES)}")
-    refuse_what_is_not_asked_for(args, parser)
-    return args
-
-
-def refuse_what_is_not_asked_for(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """An option of another kind of protocol would change nothing, and its user would believe it had."""
     unused: tuple[str, ...] = OF_BOUNDS if args.protocol == "generation" else OF_GENERATION
     unused += ("split",) if args.protocol == "zero_shot" else ("source",)
-    given = [name for name in unused if getattr(args, name) != parser.get_default(name)]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--protocol {args.protocol} has no use for {options}")
+    refuse_unused(args, parser, unused, f"--protocol {args.protocol}")
+    check_at_least(args, rows=2, draws=1, count=2, micro_batch=1, seed=0)
+    if args.until_error is not None and not args.until_error > 0:
+        raise UserError(f"--until-error {args.until_error:g}: must be greater than 0")
+    return args
 
 
 def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str, split: str) -> Request:
@@ -211,8 +206,6 @@ def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: R
 
 def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
     """Figures of samples, printed and returned as plain values."""
-    if args.count < 2 or args.micro_batch < 1:
-        raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: at least 2 and 1")
     law = args.paths or trained.config.diffusion.paths
     try:
         plain = Sampler(1, args.latent, law, args.temperature, args.nucleus)

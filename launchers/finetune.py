@@ -66,7 +66,7 @@ def main() -> None:
         args.corpus,
         parse_source(args.source),
         args.output,
-        tuple(args.train_only.split(",")) if args.train_only else (),
+        parse_names(args.train_only),
         args.lora,
         load_config(args.config) if args.config else None,
         tuple(args.set),
@@ -90,6 +90,16 @@ def parse_source(text: str | None) -> str | dict[str, str] | None:
     if wrong:
         raise UserError(f"--source {text!r}: expected train=FILE,validation=FILE,test=FILE, found {wrong[0]!r}")
     return {name: file for name, _, file in parts}
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """Patterns with commas between them; an empty one would train all there is."""
+    names = () if text is None else tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise UserError(
+            f"--train-only {text!r}: expected names with commas between them, such as denoiser.head.* or latent"
+        )
+    return names
 
 
 def accuracies(run: Path, weights: str) -> str:

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launchers():
     """The launchers' `main` by name; they are scripts, not a package."""
     mains = {}
-    for name in ("pretrain", "prepare_data", "evaluate", "sample", "export", "finetune", "report"):
+    programs = ("pretrain", "prepare_data", "evaluate", "sample", "export", "finetune", "report")
+    for name in (*programs, "compare", "reproduce", "quickstart"):
         spec = importlib.util.spec_from_file_location(f"launcher_{name}", ROOT / "launchers" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -308,9 +309,16 @@ def test_evaluation_sampling_and_export(refused, desk):
     for launcher in ("evaluate", "sample"):
         line = refused(launcher, "--checkpoint", empty, "--steps", "0")
         assert "--steps '0': expected positive whole numbers or 'inf', such as 1,4,inf" in line
-    assert "--count 0, --micro-batch 16: both must be at least 1" in refused(
-        "sample", "--checkpoint", empty, "--count", 0
-    )
+    for launcher, option, value, wanted in (
+        ("sample", "--count", 0, "must be at least 1"),
+        ("sample", "--seed", -1, "must be at least 0"),
+        ("evaluate", "--seed", -1, "must be at least 0"),
+        ("evaluate", "--rows", -3, "must be at least 2"),
+        ("evaluate", "--draws", 0, "must be at least 1"),
+        ("evaluate", "--until-error", -1, "must be greater than 0"),
+    ):
+        line = refused(launcher, "--checkpoint", empty, option, value)
+        assert f"{option} {value}: {wanted}" in line
 
 
 @pytest.mark.parametrize(
@@ -397,6 +405,38 @@ def test_the_folder_of_another_run_is_left_alone(refused, desk):
     wanted = pretrain(desk, "training.global_batch=16", "data.shards=other/shards")
     line = refused("pretrain", *wanted, "--output", "other")
     assert "training.global_batch is 16, but other/checkpoints/step-00000004 was trained with 8" in line
+
+
+def test_names_that_are_none_do_not_train_everything(refused, desk):
+    for names in ("", "latent,", " "):
+        line = refused("finetune", *fine_tuned(desk, "--train-only", names))
+        assert f"--train-only {names!r}: expected names with commas between them" in line
+
+
+def test_what_would_be_ignored_is_refused(refused, desk):
+    for options, message in (
+        (("--ranks", 0, "--dry-run"), "--ranks 0: must be at least 1"),
+        (("--ranks", 4), "--ranks 4: only with --dry-run"),
+    ):
+        assert message in refused("pretrain", *pretrain(desk), *options)
+    for options, message in (
+        ([*pretrain(desk), "--plot", "x.png"], "prepare has no use for --plot"),
+        (["inspect", desk.shards, "--force", "--json", "x"], "inspect has no use for --force, --json"),
+        (["verify", desk.shards, "--plot", "x.png"], "verify has no use for --plot"),
+    ):
+        assert message in refused("prepare_data", *options)
+
+
+def test_comparison_reproduction_and_quickstart(refused, desk):
+    assert "nowhere.json: not a readable JSON file" in refused("compare", "nowhere.json")
+    (desk.folder / "none.json").write_text("[]")
+    assert "none.json: no results" in refused("compare", "none.json")
+    (desk.folder / "wrong.json").write_text('[{"protocol": "rows"}]')
+    assert "wrong.json: 0.split: field required" in refused("compare", "wrong.json")
+    assert "--seeds 0: must be at least 1" in refused("reproduce", "two_tokens", "--seeds", 0)
+    line = refused("reproduce", "two_tokens", "--set", "training.stepz=3")
+    assert "unknown key 'training.stepz'; did you mean" in line
+    assert "unknown key 'training.stepz'" in refused("quickstart", "--set", "training.stepz=3")
 
 
 def test_report(refused, desk):

@@ -90,6 +90,20 @@ def test_another_tokenizer_in_the_folder_is_refused(run, tmp_path):
         (tmp_path / "kept").rename(run / KEPT)
 
 
+def test_a_prompt_of_which_nothing_is_left_is_no_prompt(lab, run):
+    """Its samples would be unconditional, and be said to continue it."""
+    wanted = ("--checkpoint", run, "--steps", 2, "--count", 1, "--prompt")
+    lost = lab.launch("sample", *wanted, "你好")
+    assert lost.code == 2
+    assert lost.errors == [
+        "error: --prompt '你好': data.normalizer 'text8', the clean-up of the training texts, leaves nothing"
+    ]
+    in_part = lab.launch("sample", *wanted, "Ask 你好!")
+    assert in_part.code == 0, in_part.text
+    assert "leaves of the prompt: ' ask'" in in_part.text
+    assert "leaves" not in lab.launch("sample", *wanted, "ask the model").text
+
+
 def test_the_unigram_entropy_is_recorded(run, lab):
     """For the line in the picture of bounds."""
     entropy = read_manifest(lab.shards).splits["validation"].unigram_entropy
