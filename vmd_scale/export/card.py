@@ -7,7 +7,7 @@ from pathlib import Path
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.errors import UserError
-from vmd_scale.evaluation.classification import Accuracy
+from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.export.standalone import FILE_NAME
 from vmd_scale.files import checked, read_json
@@ -31,7 +31,6 @@ MEASURED = (
 )
 CLASSIFIED = ("split", "rows", "labels", "accuracy", "standard_error", "label_nll")
 PROMPT = "the first [MASK] of the"
-CLASSIFICATION = "classification.json"  # of a run folder, by finetune.py
 RUN_RESULTS = ("evaluations.jsonl", "evaluation.json")  # of a run folder: made by training, and by evaluate.py
 
 
