@@ -66,7 +66,7 @@ def finetuning_config(
     has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
-    if corpus == LABELS and not values["latent"]["width"]:
+    if corpus == LABELS:
         values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
     old = values["data"]
     of_text8 = old["tokenizer"] in TEXT8 and corpus in (*WITH_PROMPTS, "text")
