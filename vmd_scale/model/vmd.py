@@ -40,11 +40,13 @@ class VMD(nn.Module):
     def compile_blocks(self, dynamic: bool | None = None) -> None:
         """torch.compile of the blocks alone: of one shape, all layers of a network share what is compiled.
 
+        Of `forward`, not by `block.compile`, which would take hooks along: ZeRO-3's gather weights and break the graph.
+
         `dynamic`: false where shapes never change; None compiles again, for any number of rows, when they first do.
         """
         for stack in self.stacks:
             for block in stack:
-                block.compile(dynamic=dynamic)
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
 
     def attention_kernels(self, dtype: torch.dtype, padded: bool, sampling: bool = False) -> dict[str, str]:
         """Their names, by network.

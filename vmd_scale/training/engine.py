@@ -10,12 +10,15 @@ import torch
 from vmd_scale.config import Config
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
+from vmd_scale.model.layers import Block
 from vmd_scale.planning.memory import BUCKET
 from vmd_scale.planning.workload import fitting_micro_batch
 from vmd_scale.precision import precision_on
 from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
+
+log = logging.getLogger(__name__)
 
 # Top-level keys of DeepSpeed's configuration, version 0.19; it ignores any other, or fails for those of older versions.
 _KEYS = """
@@ -115,6 +118,10 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     result.setdefault("communication_data_type", "fp32")  # else gradients are rounded to bf16 before they are summed
     result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}
     result["zero_optimization"] = {"overlap_comm": stage == 3, **result.get("zero_optimization", {}), "stage": stage}
+    if stage == 3 and training.activation_checkpointing == "selective":
+        # In it DeepSpeed's own linear layer computes gradients that drift off; and it saves nothing that is not
+        # computed again there anyway.
+        result["zero_optimization"].setdefault("memory_efficient_linear", False)
     result.setdefault("zero_allow_untested_optimizer", True)
     result.setdefault("steps_per_print", 2**62)
     # Its throughput timer, which nothing here reads, waits for the device at both ends of every micro-batch.
@@ -173,6 +180,35 @@ def check_deepspeed_keys(config: Config) -> None:
         raise UserError(f"{key}: {first['msg']}, found {first['input']!r}") from None
 
 
+def compiles_on(device: torch.device) -> bool:
+    """On a CPU it takes longer than it gains."""
+    return device.type == "cuda"
+
+
+def gather_whole_blocks(model: VMD) -> bool:
+    """Stage 3: DeepSpeed's hooks around each block only, instead of around its layers too, where they break its graph.
+
+    It costs the memory of a whole block's weights and gradients: for a compiler alone. DeepSpeed then takes a block's
+    gradients when the one of the block's input is there. A block whose input needs none (behind frozen embeddings)
+    would lose them, and of blocks that are not ours nothing is known.
+
+    Returns whether it is done: not if anything is frozen, or some block is of another kind.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    blocks = [block for stack in model.stacks for block in stack]
+    if not all(isinstance(block, Block) for block in blocks):
+        cause = "some are not of our own class"
+    elif not all(parameter.requires_grad for parameter in model.parameters()):
+        cause = "some weights are frozen"
+    else:
+        for block in blocks:
+            set_z3_leaf_module(block, True)
+        return True
+    log.info("ZeRO stage 3: blocks are not compiled, %s", cause)
+    return False
+
+
 def build_engine(config: Config, model: VMD, world: World, precision: str) -> Any:
     """Wrap the model into a DeepSpeed engine with our optimizer."""
     import deepspeed
@@ -183,9 +219,10 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
     model.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.fp8:
         convert_to_fp8(model)
-    if config.training.compile and world.device.type == "cuda":
+    if config.training.compile and compiles_on(world.device):
         model.compiled_loss = True
-        model.compile_blocks(dynamic=False)
+        if config.zero_stage < 3 or gather_whole_blocks(model):
+            model.compile_blocks(dynamic=False)
     if config.training.optimizer == "muon" and world.device.type == "cpu":
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon's updates, for minutes without a GPU
     settings = deepspeed_config(config, world.size, precision)
