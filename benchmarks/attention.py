@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from comparing import Report, in_turns, medians, table
+from workload import attention_flops
 
 from vmd_scale.model.attention import (
     Documents,
@@ -44,8 +45,8 @@ def measure(length: int, rows: int, heads: int, width: int, rounds: int, device:
     def case(kernel: str, mask: Mask) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
 
-    cases = {f"{mask}: {kernel_name(kernel)}": case(kernel, m) for (mask, kernel), m in masks.items()}
-    flops = 3 * 4 * rows * heads * width * length**2  # dense; masks leave some of it out
+    cases = {f"{mask}: {kernel_name(kernel, head_width=width)}": case(kernel, m) for (mask, kernel), m in masks.items()}
+    flops = attention_flops(rows, heads, width, length)
     return {
         name: {"milliseconds": 1e3 * seconds, "dense_tflops": flops / seconds / 1e12}
         for name, seconds in medians(in_turns(cases, rounds, warmup=2)).items()

@@ -14,13 +14,25 @@ from vmd_scale.provenance import provenance
 Times = dict[str, list[float]]
 
 
-def in_turns(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> Times:
-    """Seconds of every call of every case. Each round runs all of them, every second one backwards."""
+LEAST_ROUNDS = 5  # below that a median is noise
+
+
+def in_turns(
+    cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, seconds: float | None = None
+) -> Times:
+    """Seconds of every call of every case. Each round runs all of them, every second one backwards.
+
+    Args:
+        repeats: rounds; with `seconds` at most: none is begun after that time, once there are `LEAST_ROUNDS`.
+    """
     for _ in range(warmup):
         for run in cases.values():
             run()
     times: Times = {name: [] for name in cases}
+    started = time.perf_counter()
     for number in range(repeats):
+        if seconds is not None and number >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
         for name in list(cases)[:: 1 if number % 2 == 0 else -1]:
             times[name].append(seconds_of(cases[name]))
     return times
@@ -56,7 +68,20 @@ def medians(times: Times) -> dict[str, float]:
 
 def ratio(times: Times, above: str, below: str) -> float:
     """The median over rounds of one case's time over another's: what slows both down for a while cancels."""
-    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+    return statistics.median(_ratios(times, above, below))
+
+
+def quartiles(times: Times, above: str, below: str) -> tuple[float, float]:
+    """Between which half of the rounds' ratios lie: how much the median is worth."""
+    ratios = _ratios(times, above, below)
+    if len(ratios) < 2:
+        return ratios[0], ratios[0]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, high
+
+
+def _ratios(times: Times, above: str, below: str) -> list[float]:
+    return [a / b for a, b in zip(times[above], times[below], strict=True)]
 
 
 class Report:

@@ -5,7 +5,8 @@
 
 Each encoder, LAYERSxWIDTH, is trained by pretrain.py from the same configuration, with each of the seeds; `none` has no
 latent. Characters come in blocks of four, each in T steps; training is for T = 1, where only a latent can know what one
-character says of the next. `share` is the encoder's part of the FLOPs of a step; in brackets the spread over the seeds.
+character says of the next. `share` is the encoder's part of the FLOPs of a step, `tokens/s` what the runs logged (the
+median); in brackets the spread over the seeds.
 """
 
 import argparse
@@ -52,15 +53,19 @@ def main() -> None:
     rows, encoders = [], {}
     for encoder in args.encoder or ["none", "1x32", "1x64", "1x128", "2x128"]:
         settings = [*common, *settings_of(encoder)]
-        bounds = [train(settings, seed, args.folder / f"{encoder}-{seed}") for seed in range(args.seeds)]
-        found = {steps: [of_seed[steps] for of_seed in bounds] for steps in bounds[0]}
+        runs = [train(settings, seed, args.folder / f"{encoder}-{seed}") for seed in range(args.seeds)]
+        found = {steps: [bounds[steps] for bounds, _ in runs] for steps in runs[0][0]}
+        speed = statistics.median(speed for _, speed in runs)
         config = load_config(CONFIG, settings)
         masked = masked_share(config)
         flops = FlopsPerToken.of(build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size), masked)
-        encoders[encoder] = {"share": flops.encoder / flops.total, "bits_per_token": found}
-        rows.append((encoder, f"{flops.encoder / flops.total:.0%}", *(_cell(values) for values in found.values())))
+        share = flops.encoder / flops.total
+        encoders[encoder] = {"share": share, "tokens_per_second": speed, "bits_per_token": found}
+        rows.append((encoder, f"{share:.0%}", speed, *(_cell(values) for values in found.values())))
         report.save("encoders", encoders)
-    report.add("encoders", encoders, table(("encoder", "share", *(f"T = {steps}" for steps in found)), rows))
+    report.add(
+        "encoders", encoders, table(("encoder", "share", "tokens/s", *(f"T = {steps}" for steps in found)), rows)
+    )
 
 
 def settings_of(encoder: str) -> list[str]:
@@ -70,15 +75,19 @@ def settings_of(encoder: str) -> list[str]:
     return [f"latent.encoder_layers={layers}", f"latent.encoder_width={width}"]
 
 
-def train(settings: list[str], seed: int, run: Path) -> dict[str, float]:
-    """Validation bounds, bits per token by T, at the end of a run."""
+def train(settings: list[str], seed: int, run: Path) -> tuple[dict[str, float], float]:
+    """Validation bounds, bits per token by T, at the end of a run; and its tokens per second."""
     shutil.rmtree(run, ignore_errors=True)
     steps = load_config(CONFIG, settings).training.steps
     every = [*settings, f"training.seed={seed}", f"evaluation.every={steps}"]
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(CONFIG), "--output", str(run)]
     subprocess.run([*command, *(part for s in every for part in ("--set", s))], check=True, stderr=subprocess.DEVNULL)
-    records = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
-    return {str(record["steps"]): record["bits_per_token"] for record in records}
+    bounds, steps_made = (
+        [json.loads(line) for line in (run / name).read_text().splitlines()]
+        for name in ("evaluations.jsonl", "metrics.jsonl")
+    )
+    speed = statistics.median(record["tokens_per_second"] for record in steps_made)
+    return {str(record["steps"]): record["bits_per_token"] for record in bounds}, speed
 
 
 def _cell(values: list[float]) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from comparing import Times, in_turns, medians, ratio, seconds_of, table  # noqa: E402
 from isolated import Parts, Skipped, run_parts, verdict  # noqa: E402
 from real_runs import resumed, trained  # noqa: E402
-from workload import BareStep, shape  # noqa: E402
+from workload import LENGTH, ROWS, SIZES, VOCAB, BareStep, attention_flops, shape  # noqa: E402
 
 from vmd_scale.diffusion.noise import Noise  # noqa: E402
 from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
@@ -49,6 +49,19 @@ from vmd_scale.planning.peaks import peak_bytes  # noqa: E402
 from vmd_scale.provenance import provenance  # noqa: E402
 from vmd_scale.training.fp8 import convert_to_fp8  # noqa: E402
 
+# What is wanted of a Hopper GPU: a figure of a part, and the least that it should be.
+GOALS = (
+    ("VMD step, 110 M: MFU", "throughput 110M", ("vmd", "mfu"), 0.45),
+    ("the same in pretrain.py", "trainer 110M", ("mfu",), 0.45),
+    ("VMD step, 1 B: MFU", "throughput 1B", ("vmd", "mfu"), 0.5),
+    ("the same in pretrain.py", "trainer 1B", ("mfu",), 0.5),
+    (
+        "MDM step, 110 M: tokens/s; published for MDLM small: about 50,000 an H100",
+        "throughput 110M",
+        ("mdm", "tokens_per_second"),
+        5e4,
+    ),
+)
 GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py")
 GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_planning.py", "test_fp8.py")
 
@@ -72,11 +85,10 @@ class Check:
     def shape(self, size: str, latent: bool) -> Architecture:
         if self.tiny:
             return shape(2, 32, 2, 32, 300, latent)
-        layers, width, heads = {"110M": (12, 768, 12), "1B": (20, 2048, 16)}[size]
-        return shape(layers, width, heads, 1024, 50_258, latent)
+        return shape(*SIZES[size], LENGTH, VOCAB, latent)
 
     def rows(self, size: str) -> int:
-        return 2 if self.tiny else {"110M": 32, "1B": 16}[size]
+        return 2 if self.tiny else ROWS[size]
 
     def step(self, size: str, latent: bool, compiled: bool = True, fp8: bool = False, **changes: Any) -> BareStep:
         torch._dynamo.reset()
@@ -98,7 +110,7 @@ class Check:
             "head": (self.head, 30),
             "tests": (self.tests, 60),
             "where the time goes": (self.where_the_time_goes, 30),
-            "trainer 110M": (self.trainer, 80),
+            "trainer 110M": (lambda: self.trainer("110M"), 80),
             "throughput 1B": (lambda: self.throughput("1B"), 90),
             "synchronisation": (self.synchronisation, 15),
             "sampling": (self.sampling, 60),
@@ -106,8 +118,9 @@ class Check:
             "110M without compile": (lambda: self.throughput("110M", compiled=False), 20),
             "110M by kernel": (self.by_kernel, 80),
             "110M in fp8": (self.in_fp8, 80),
-            "trainer 110M, Muon": (lambda: self.trainer(optimizer="muon"), 80),
+            "trainer 110M, Muon": (lambda: self.trainer("110M", optimizer="muon"), 80),
             "checkpointing": (self.checkpointing, 60),
+            "trainer 1B": (lambda: self.trainer("1B"), 150),
         }
 
     # ---- parts
@@ -149,15 +162,15 @@ class Check:
         need("deepspeed", "pydantic")
         return resumed(self.tiny)
 
-    def trainer(self, optimizer: str = "adamw") -> dict[str, Any]:
+    def trainer(self, size: str, optimizer: str = "adamw") -> dict[str, Any]:
         need("deepspeed", "pydantic")
         stage = 0 if self.tiny and optimizer == "muon" else 1
         changes = {"training.optimizer": optimizer, "deepspeed.zero_optimization.stage": stage}
-        return trained(self.tiny, changes)
+        return trained(self.tiny, size, changes)
 
     def attention(self) -> dict[str, Any]:
         """Milliseconds forward and backward of each kernel; L = 1024 and the mask of block diffusion."""
-        rows, length, heads, width = (2, 32, 2, 16) if self.tiny else (32, 1024, 12, 64)
+        rows, length, heads, width = (2, 32, 2, 16) if self.tiny else (32, LENGTH, 12, 64)
         qkv = [
             torch.randn(rows, length, heads, width, device=self.device, dtype=self.dtype, requires_grad=True)
             for _ in range(3)
@@ -176,7 +189,7 @@ class Check:
             kernel: block_diffusion_mask(length // 2, 16, None, kernel, self.device) for kernel in ("sdpa", "flex")
         }
         cases |= {f"blocks, {kernel}": run(kernel, mask) for kernel, mask in masks.items() if not self.tiny}
-        flops = 3.5 * 4 * rows * heads * width * length**2
+        flops = attention_flops(rows, heads, width, length)
         found: dict[str, Any] = {}
         for name, case in list(cases.items()):
             try:
@@ -190,7 +203,7 @@ class Check:
 
     def head(self) -> dict[str, Any]:
         """Milliseconds forward and backward of the loss from hidden states, half of them masked: three ways."""
-        rows, length, width, vocab = (2, 32, 32, 300) if self.tiny else (32, 1024, 768, 50_257)
+        rows, length, width, vocab = (2, 32, 32, 300) if self.tiny else (32, LENGTH, 768, VOCAB)
         hidden = torch.randn(rows, length, width, device=self.device, dtype=self.dtype, requires_grad=True)
         matrix = (0.02 * torch.randn(vocab, width, device=self.device)).to(self.dtype).requires_grad_()
         targets = torch.randint(vocab, (rows, length), device=self.device)
@@ -248,8 +261,7 @@ class Check:
         found: dict[str, Any] = {"seconds_with_compiling": time.perf_counter() - started}
         for name, seconds in medians(times).items():
             seconds, step = seconds / several, steps[name]
-            x = step._batches[0]
-            tokens, flops = x.clean.numel(), FlopsPerToken.of(step.a, len(x.index) / x.clean.numel()).total
+            tokens, flops = step.rows * step.a.row_length, FlopsPerToken.of(step.a, step.masked_share).total
             found[name] = {
                 "milliseconds": 1e3 * seconds,
                 "tokens_per_second": tokens / seconds,
@@ -310,7 +322,7 @@ class Check:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step.loss(step._batches[0]).backward()
+            step.loss(step.batches[0]).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return {"ok": True}
@@ -373,6 +385,18 @@ def parts_of(tiny: bool) -> Parts:
     return {name: (clean(run), guess) for name, (run, guess) in Check(tiny).parts().items()}
 
 
+def beside_goals(result: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, object, float, str]]:
+    """Of each goal what is wanted, what was found ("-" where the part did not run), the goal, and whether it is met."""
+    rows = []
+    for what, part, path, goal in GOALS:
+        found: Any = result.get(part, {})
+        for key in path:
+            found = found.get(key, {})
+        met = "-" if not found else "met" if found >= goal else "missed"
+        rows.append((what, found or "-", goal, met))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
@@ -389,6 +413,7 @@ def main() -> None:
     result = run_parts(parts, args.only, args.seconds, args.output)
     rows = [(name, verdict(part), part["seconds"]) for name, part in result.items()]
     print("\n" + table(("part", "result", "seconds"), rows))
+    print("\n" + table(("of a Hopper GPU", "found", "goal", ""), beside_goals(result)))
     sys.exit(any("failed" in part or part.get("ok") is False for part in result.values()))
 
 

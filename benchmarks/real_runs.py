@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workload import LATENT_WIDTH
+import torch
+from workload import LATENT_WIDTH, LENGTH, ROWS, SIZES, VOCAB
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.json"
 
 
 def resumed(tiny: bool) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def resumed(tiny: bool) -> dict[str, Any]:
                     "training.global_batch": 8,
                     "training.micro_batch": 4,
                     "training.precision": "fp32" if tiny else "bf16",
+                    "training.deterministic": "true",
                     "training.checkpoint_every": 3,
                     "evaluation.every": "null",
                     "telemetry.log_every": 1,
@@ -41,9 +44,16 @@ def resumed(tiny: bool) -> dict[str, Any]:
     return {"ok": apart == 0, "largest difference": apart, **losses}
 
 
-def trained(tiny: bool, changes: dict[str, Any]) -> dict[str, Any]:
-    """110 M, ZeRO-1: medians of what a run logs. `changes`: other settings."""
-    layers, width, heads, length, vocab, rows, steps = (12, 768, 12, 1024, 50_257, 32, 60)
+def trained(tiny: bool, size: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO-1: medians of what a run logs; the most memory that it took, beside what is predicted on paper.
+
+    On a CPU the former is of the whole process, and the latter of its tensors.
+
+    Args:
+        size: 110M | 1B.
+        changes: other settings.
+    """
+    (layers, width, heads), length, vocab, rows, steps = SIZES[size], LENGTH, VOCAB, ROWS[size], 60
     if tiny:
         layers, width, heads, length, vocab, rows, steps = (2, 32, 2, 32, 300, 2, 12)
     with tempfile.TemporaryDirectory() as name:
@@ -75,11 +85,29 @@ def trained(tiny: bool, changes: dict[str, Any]) -> dict[str, Any]:
             "telemetry.log_every": 5,
             **changes,
         }
-        pretrain(folder / "run", settings, timeout=200)
+        pretrain(folder / "run", settings, timeout=400)
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = ("tokens_per_second", "mfu", "data_wait_fraction")
     half = records[len(records) // 2 :]
-    return {key: statistics.median(record[key] or 0.0 for record in half) for key in logged}
+    found = {key: statistics.median(record[key] or 0.0 for record in half) for key in logged}
+    return {**found, "peak_memory_gib": records[-1]["peak_memory_gib"], "predicted_memory_gib": predicted(settings)}
+
+
+def predicted(settings: dict[str, Any]) -> float:
+    """GiB that one rank of such a run takes, by the formulas behind plan.py."""
+    from vmd_scale.build import build_architecture
+    from vmd_scale.config_file import load_config
+    from vmd_scale.planning.memory import memory_of
+    from vmd_scale.tokenization import load_tokenizer
+
+    config = load_config(QUICKSTART, overrides_of(settings))
+    architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    memory = memory_of(config, architecture, 1, config.training.precision, torch.cuda.is_available())
+    return memory.total / 2**30
+
+
+def overrides_of(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def pretrain(run: Path, settings: dict[str, Any], timeout: float) -> None:
@@ -87,8 +115,8 @@ def pretrain(run: Path, settings: dict[str, Any], timeout: float) -> None:
     Raises:
         RuntimeError: it failed; the end of what it said.
     """
-    overrides = [part for k, v in settings.items() for part in ("--set", f"{k}={v}")]
-    config = ["--config", str(ROOT / "configs" / "quickstart.json"), "--output", str(run)]
+    overrides = [part for setting in overrides_of(settings) for part in ("--set", setting)]
+    config = ["--config", str(QUICKSTART), "--output", str(run)]
     command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), *config, *overrides]
     path = os.pathsep.join((*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)))
     environment = {**os.environ, "PYTHONPATH": path}

@@ -1,19 +1,22 @@
 """Tokens per second of the T-step sampler, VMD and MDM in turns, as they are and compiled; and what a forward takes.
 
     python benchmarks/sampling.py --json sampling.json
-    python benchmarks/sampling.py --steps 8 --batches 1 --vocab 50258 --no-compile
+    python benchmarks/sampling.py --steps 8 --batches 1 --vocab 50257 --no-compile
 
 `ms a forward` is the time of the whole sampler over its T forwards: noise, choice of positions and draws included.
-`compiled` is with the option `--compile` of sample.py, once everything is compiled.
+`compiled` is with the option `--compile` of sample.py, once everything is compiled. Half of the rounds' ratios
+VMD / MDM lie between the `quartiles`. A case has at least 5 rounds, and more as long as its `--seconds` last: on two
+cores it all takes about 20 minutes, and with `--batches 64` over an hour.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from comparing import Clock, Report, in_turns, medians, ratio, table
-from workload import shape
+from comparing import Clock, Report, in_turns, medians, quartiles, ratio, table
+from workload import VOCAB, shape
 
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
@@ -24,10 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--vocab", type=int, default=50_258 if on_gpu else 27)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64 if on_gpu else 16])
+    parser.add_argument("--vocab", type=int, default=VOCAB if on_gpu else 27)
     parser.add_argument("--law", default="balanced")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=25, help="at most")
+    parser.add_argument("--seconds", type=float, default=60, help="after which a case with 5 rounds begins no more")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--processor-time", action="store_true", help="instead of the wall clock: for a busy CPU")
@@ -55,20 +59,25 @@ def main() -> None:
         for steps in args.steps:
             sampler = Sampler(steps, law=args.law)
             cases = {key: partial(sample, model, sampler, Noise(0), numbers) for key, model in models.items()}
-            # Of what takes little time, more: the rest of the machine is heard in it.
-            times = in_turns(cases, args.rounds * (5 if batch == 1 else 1), warmup=0)
+            times = in_turns(cases, args.rounds, warmup=0, seconds=args.seconds)
             seconds = medians(times)
             for compiled in kinds:
-                found = {}
+                found: dict[str, Any] = {}
                 for name in ("mdm", "vmd"):
                     taken = seconds[f"{name}{compiled}"]
                     found[f"{name}_tokens_per_second"] = batch * length / taken
                     found[f"{name}_ms_a_forward"] = 1e3 * taken / steps
-                found["vmd_of_mdm"] = ratio(times, f"mdm{compiled}", f"vmd{compiled}")
-                result[f"batch {batch}, T = {steps}{compiled}"] = found
-                rows.append((f"{batch}, {steps}{compiled}", *found.values()))
+                sides = f"mdm{compiled}", f"vmd{compiled}"
+                found["vmd_of_mdm"] = ratio(times, *sides)
+                low, high = quartiles(times, *sides)
+                result[f"batch {batch}, T = {steps}{compiled}"] = {
+                    **found,
+                    "quartiles": [low, high],
+                    "rounds": len(times[sides[0]]),
+                }
+                rows.append((f"{batch}, {steps}{compiled}", *found.values(), f"{low:.3f}-{high:.3f}"))
             report.save("sampling", result)
-    header = ("batch, T", "MDM tokens/s", "ms a forward", "VMD tokens/s", "ms a forward", "VMD / MDM")
+    header = ("batch, T", "MDM tokens/s", "ms a forward", "VMD tokens/s", "ms a forward", "VMD / MDM", "quartiles")
     report.add("sampling", result, table(header, rows))
 
 

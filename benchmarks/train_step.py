@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from comparing import Clock, Report, in_turns, medians, ratio, seconds_of, table, wait_for_device
 from torch.nn import functional as F
-from workload import BareStep, shape
+from workload import VOCAB, BareStep, shape
 
 from vmd_scale.model.head import masked_nll, weighted_nll
 from vmd_scale.planning.peaks import peak_bytes
@@ -177,7 +177,7 @@ def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["vmd", "techniques", "head", "overhead"], help="one part instead of all")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[50_258, 27])
+    parser.add_argument("--vocab", type=int, nargs="+", default=[VOCAB, 27])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--encoder", action="append", default=[], metavar="LAYERSxWIDTH", help="beside the default")

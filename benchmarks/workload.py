@@ -11,6 +11,19 @@ from vmd_scale.diffusion.objective import Nelbo, Surrogate, TrainingInputs
 from vmd_scale.model import VMD, Architecture
 
 LATENT_WIDTH = 128
+VOCAB = 50_257  # of GPT-2; with the mask symbol 50,258, for which the head has no row
+LENGTH = 1024
+SIZES = {"110M": (12, 768, 12), "1B": (20, 2048, 16)}  # layers, width, heads
+ROWS = {"110M": 32, "1B": 16}  # of a step on one GPU
+
+
+def attention_flops(rows: int, heads: int, width: int, length: int) -> int:
+    """Of a dense kernel, forward and backward: 2 products of L x L there, and back 4 of gradients (PaLM's count).
+
+    What a flash kernel computes again, one product more, is no work that anybody asked for: as in MFU, it is not
+    counted. Masks leave some of it out.
+    """
+    return 3 * 2 * 2 * rows * heads * width * length**2
 
 
 def shape(layers: int, width: int, heads: int, length: int, vocab: int, latent: bool, **changes: Any) -> Architecture:
@@ -109,12 +122,17 @@ class BareStep:
 
     def __call__(self) -> None:
         """A step on one of a few batches that lie ready."""
-        batches = self._batches
+        batches = self.batches
         self.step(batches[self.number % len(batches)])
         self.number += 1
 
     @property
-    def _batches(self) -> Sequence[TrainingInputs]:
+    def masked_share(self) -> float:
+        """Of the positions of its batches, those at which the head is computed."""
+        return sum(len(x.index) for x in self.batches) / sum(x.clean.numel() for x in self.batches)
+
+    @property
+    def batches(self) -> Sequence[TrainingInputs]:
         if not hasattr(self, "_ready"):
             self._ready = [self.prepare(seed) for seed in range(4)]
         return self._ready

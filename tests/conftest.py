@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 WORDS = ["the", "of", "and", "one", "two", "three", "diffusion", "mask", "latent", "row", "token", "model", "noise"]
-TIMED = ("tokens_per_second", "mfu", "data_wait_fraction")
+TIMED = ("tokens_per_second", "mfu", "data_wait_fraction", "peak_memory_gib")  # what differs from run to run
 
 
 def tiny_config(source: Path, shards: Path) -> dict:

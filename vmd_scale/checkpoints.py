@@ -28,7 +28,8 @@ from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD
-from vmd_scale.tokenization import Tokenizer, load_tokenizer
+from vmd_scale.precision import DTYPES, precision_on
+from vmd_scale.tokenization import Tokenizer, kept_tokenizer, load_tokenizer
 
 LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
 
@@ -51,6 +52,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    return checkpoint.absolute().parents[1]
 
 
 def checkpoint_id(checkpoint: Path) -> str:
@@ -76,11 +81,12 @@ def altered(path: Path, wanted: dict[str, Any]) -> str | None:
     return f"{path.name} was altered: its sha256 differs" if sha256_of(path) != wanted["sha256"] else None
 
 
-def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Path, kind: str, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """Whole fp32 weights of a checkpoint by parameter name, put together from all ranks' fragments.
 
     Args:
         kind: ema | raw.
+        shapes_only: on the meta device; values and checksums are not read.
 
     Raises:
         UserError: a file is missing or damaged, or there is no EMA.
@@ -92,7 +98,7 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     missing: dict[str, int] = {}
     found: set[str] = set()
     for name in names:
-        problem = damage(checkpoint / name, wanted[name])
+        problem = (missing_or_torn if shapes_only else damage)(checkpoint / name, wanted[name])
         if problem is not None:
             raise UserError(f"{checkpoint}: {problem}")
         with safe_open(checkpoint / name, framework="pt") as file:
@@ -102,12 +108,13 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
                 if its_kind not in (prefix, "frozen"):
                     continue
                 found.add(its_kind)
-                values = file.get_tensor(key)
                 if parameter not in weights:
-                    weights[parameter] = torch.empty(shapes[parameter])
+                    weights[parameter] = torch.empty(shapes[parameter], device="meta" if shapes_only else "cpu")
                     missing[parameter] = weights[parameter].numel()
-                weights[parameter].view(-1)[int(start) : int(start) + len(values)] = values
-                missing[parameter] -= len(values)
+                (count,) = file.get_slice(key).get_shape()
+                if not shapes_only:
+                    weights[parameter].view(-1)[int(start) : int(start) + count] = file.get_tensor(key)
+                missing[parameter] -= count
     if prefix not in found:
         raise UserError(f"{checkpoint} holds no {kind} weights" + (" (training.ema_decay 0)" if kind == "ema" else ""))
     incomplete = [parameter for parameter, count in missing.items() if count]
@@ -126,6 +133,7 @@ class TrainedModel:
     step: int
     weights: str  # ema | raw
     checkpoint: Path
+    precision: str = "fp32"  # that it computes in: fp32 | bf16
 
 
 def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
@@ -148,11 +156,14 @@ def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
     return found[-1]
 
 
-def load_trained(path: str | Path, weights: str = "ema", device: str | torch.device = "cpu") -> TrainedModel:
+def load_trained(
+    path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", precision: str = "fp32"
+) -> TrainedModel:
     """Load a run folder or checkpoint folder.
 
     Args:
         weights: ema | raw.
+        precision: fp32 | bf16 | auto, which is bf16 on a GPU that has it, unless the run asked for fp32.
 
     Raises:
         UserError: no checkpoint, damaged files, no EMA, weights of another network, or a tokenizer that is not the one
@@ -165,10 +176,11 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
         raise UserError(f"{checkpoint}: {problem}")
     state = json.loads((checkpoint / RUN_STATE).read_text())
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    place = kept_tokenizer(config.data.tokenizer, run_folder_of(checkpoint))
+    tokenizer = load_tokenizer(place)
     if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
         raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
+            f"data.tokenizer {place!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
             f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
     architecture = build_architecture(config, tokenizer.vocab_size)
@@ -180,4 +192,9 @@ def load_trained(path: str | Path, weights: str = "ema", device: str | torch.dev
             f"{checkpoint}: its weights do not fit the network that its configuration names (a network of your own, or "
             f"another version of this project): {' '.join(str(error).split())[:300]}"
         ) from None
-    return TrainedModel(model.to(device).eval(), config, tokenizer, state["step"], weights, checkpoint)
+    device = torch.device(device)
+    if precision == "auto" and config.training.precision == "fp32":
+        precision = "fp32"
+    precision = precision_on(device, precision)
+    model = model.to(device, DTYPES[precision]).eval()
+    return TrainedModel(model, config, tokenizer, state["step"], weights, checkpoint, precision)

@@ -222,6 +222,9 @@ class TrainingConfig(Section):
     lora: LoRAConfig | None = Field(default=None, description="low-rank adapters instead of full weights")
     fp8: bool = Field(default=False, description="linear layers of the blocks in fp8, by torchao, on Hopper and newer")
     compile: bool = Field(default=True, description="torch.compile of the blocks; on GPU only")
+    deterministic: bool = Field(
+        default=False, description="on GPU, slower kernels that give the same result each time: resumed bit for bit"
+    )
 
 
 class EvaluationConfig(Section):

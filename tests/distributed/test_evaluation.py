@@ -132,8 +132,24 @@ def test_every_result_carries_its_fine_print(evaluated):
     wanted |= {"latent": "fresh", "k": 2, "weights": "raw", "seed": 7, "bound": "iw", "paths": "balanced", "step": 4}
     assert {key: result[key] for key in wanted} == wanted
     assert result["data"].startswith("text, normalizer text8, tokenizer ")
+    assert result["precision"] == "fp32"  # of a CPU
     (compat,), _ = evaluated("--interval", "mdlm_compat")
     assert (compat["bound"], compat["interval"], compat["paths"]) == ("compat", "mdlm_compat", "bernoulli")
+
+
+def test_in_bf16(call, run, evaluated, tmp_path):
+    (exact,), _ = evaluated("--steps", 4)
+    (rough,), text = evaluated("--steps", 4, "--precision", "bf16")
+    assert rough["precision"] == "bf16"
+    assert "precision bf16, attention: denoiser by PyTorch SDPA, encoder by PyTorch SDPA" in text
+    assert 0 < abs(rough["nats_per_token"] / exact["nats_per_token"] - 1) < 0.01
+    (real, drawn), text = evaluated("--protocol", "generation", "--steps", 4, "--count", 4, "--precision", "bf16")
+    assert {real["precision"], drawn["precision"]} == {"bf16"}
+    assert "precision bf16, attention: denoiser by PyTorch SDPA\n" in text
+    samples = tmp_path / "samples.json"
+    code, text = call("sample", "--checkpoint", run, "--steps", 4, "--precision", "bf16", "--json", samples)
+    assert code == 0, text
+    assert json.loads(samples.read_text())[0]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -144,11 +160,11 @@ def test_every_result_carries_its_fine_print(evaluated):
         (("--protocol", "lm1b_packed"), "protocol lm1b_packed needs shards with data.corpus 'lm1b', these have 'text'"),
         (("--protocol", "generation", "--judge", "ngram:0"), "--judge ngram:0: expected"),
         (("--protocol", "generation", "--judge", "nowhere"), "--judge"),
-        (("--protocol", "generation", "--count", "1"), "--count 1, --micro-batch 64: at least 2 and 1"),
+        (("--protocol", "generation", "--count", "1"), "--count 1: must be at least 2"),
         (("--protocol", "zero_shot"), "needs --source SET=FILE"),
         (("--until-error", "0"), "--until-error 0: must be greater than 0"),
         (("--micro-batch", "0"), "--micro-batch 0: must be at least 1"),
-        (("--seed", "-1"), "seed -1: allowed: 0 to 2^63 - 1"),
+        (("--seed", "-1"), "--seed -1: must be at least 0"),
     ],
 )
 def test_wrong_options(call, run, arguments, message):

@@ -232,9 +232,20 @@ def test_the_run_learns_something_and_its_records_are_complete(lab, whole):
     records = lab.metrics(whole, timed=True)
     assert np.mean(lab.losses(whole)[-3:]) < np.mean(lab.losses(whole)[:3])
     wanted = {"step", "tokens", "loss", "reconstruction", "kl", "kl_weight", "lr", "grad_norm", "skipped_steps"}
-    assert all(wanted | {"tokens_per_second", "mfu", "data_wait_fraction"} == record.keys() for record in records)
+    assert all(
+        wanted | {"tokens_per_second", "mfu", "data_wait_fraction", "peak_memory_gib"} == record.keys()
+        for record in records
+    )
+    assert all(0.05 < record["peak_memory_gib"] < 8 for record in records)
     assert [record["tokens"] for record in records] == [256 * (n + 1) for n in range(LAST)]
     assert json.loads((whole / "config.json").read_text())["training"]["steps"] == LAST
+
+
+def test_a_deterministic_run_is_what_a_cpu_computes_anyway(lab, runs, whole):
+    """And draws its samples, which on a GPU would take an operation that has no deterministic form."""
+    settings = ("training.deterministic=true", "evaluation.every=12", "evaluation.samples=1", "evaluation.steps=2")
+    lab.pretrain(runs / "deterministic", *settings)
+    assert_same_run(lab, runs / "deterministic", whole)
 
 
 def test_a_run_killed_without_warning_goes_on_bit_for_bit(lab, whole, killed):

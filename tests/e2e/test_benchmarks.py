@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,14 @@ def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
 
 
 def test_gpu_check_trains_and_resumes(tmp_path):
-    file = tmp_path / "check.json"
-    run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", "trainer 110M", "trainer 110M, Muon", "resume")
+    file, trainers = tmp_path / "check.json", ("trainer 110M", "trainer 110M, Muon", "trainer 1B")
+    said = run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", *trainers, "resume")
     found = json.loads(file.read_text())
-    assert found["trainer 110M"]["tokens_per_second"] > 0
-    assert found["trainer 110M, Muon"]["tokens_per_second"] > 0
+    for name in trainers:
+        assert found[name]["tokens_per_second"] > 0
+        assert found[name]["peak_memory_gib"] > found[name]["predicted_memory_gib"] > 0  # of the process, of tensors
+    assert re.search(r"VMD step, 110 M: MFU +- +0\.45 +-\n", said)  # it did not run
+    assert re.search(r"the same in pretrain\.py +0\.\d+ +0\.45 +(met|missed)\n", said)
     assert found["resume"]["ok"]
     assert len(found["resume"]["whole"]) == 6
 
@@ -115,6 +119,28 @@ def test_a_benchmark_writes_what_it_found_and_a_page_beside(name, tmp_path):
     run(ROOT / "benchmarks" / f"{name}.py", *arguments, "--json", file, cwd=tmp_path)
     assert json.loads(file.read_text())[part]
     assert f"benchmarks/{name}.py" in (tmp_path / "found.md").read_text()
+
+
+def test_a_case_has_enough_rounds_and_no_more_than_its_time(monkeypatch):
+    """Two cases of 10 seconds each, by a clock that they move themselves."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import comparing
+
+    now = [0.0]
+    monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(comparing.Clock, "now", staticmethod(lambda: now[0]))
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    def rounds(**limits):
+        return len(comparing.in_turns({"a": takes(10), "b": takes(10)}, warmup=0, **limits)["a"])
+
+    assert [rounds(repeats=9, seconds=s) for s in (None, 1, 119, 1000)] == [9, 5, 6, 9]
+    assert rounds(repeats=2, seconds=1000) == 2
+    times = {"a": [2.0, 1.0, 1.0, 1.0, 8.0], "b": [1.0] * 5}
+    assert comparing.quartiles(times, "a", "b") == (1, 2)
+    assert comparing.quartiles({"a": [3.0], "b": [1.0]}, "a", "b") == (3, 3)
 
 
 SOLUTION = "864371259325849761971265843436192587198657432257483916689734125713528694542916378"

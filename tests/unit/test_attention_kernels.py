@@ -1,5 +1,7 @@
 """All attention kernels compute one function, forward and backward, to the tolerance of their precision."""
 
+import importlib.util
+
 import pytest
 import torch
 from tiny_models import architecture
@@ -114,25 +116,30 @@ def test_every_version_of_flash_attention_is_understood(returned, monkeypatch):
     assert torch.equal(attention(*qkv, None, "flash"), attention(*qkv, None, "reference"))
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flash", "deterministic flash"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_block_is_compiled_in_one_piece(kernel, checkpointed, packed, monkeypatch):
     """Whatever breaks the graph here (a search for kernels, a value read on the host) breaks it in every layer."""
 
-    def dense(q, k, v):
+    def dense(q, k, v, deterministic=False):
+        assert deterministic == (kernel == "deterministic flash")
         return attention(q, k, v, None, "reference")
 
-    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic=False):
+        assert deterministic == (kernel == "deterministic flash")
         inside = torch.bucketize(torch.arange(len(q)), cu_seqlens_q, right=True)
         mask = (inside[:, None] == inside[None, :])[None, None]
         return attention(*(x.unsqueeze(0) for x in (q, k, v)), mask, "reference")[0]
 
-    monkeypatch.setattr(layers, "flash_kernels", lambda *_: Flash("stand-in", dense, varlen, "cpu"))
+    functions = (dense, varlen) if kernel != "deterministic flash" else map(module._deterministic, (dense, varlen))
+    flash = Flash("stand-in", *functions, "cpu")
+    monkeypatch.setattr(layers, "flash_kernels", lambda *_: flash)
+    taken = kernel.split()[-1]
     segments = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
-    mask = attention_mask(segments, 3, layers.SelfAttention(32, 2, kernel).kernel) if packed else None
+    mask = attention_mask(segments, 3, layers.SelfAttention(32, 2, taken).kernel) if packed else None
     torch.manual_seed(0)
-    block = layers.Block(32, 2, 2.0, "gelu", "layernorm", 0.0, kernel, condition=8).bfloat16()
+    block = layers.Block(32, 2, 2.0, "gelu", "layernorm", 0.0, taken, condition=8).bfloat16()
     block.keep_products = checkpointed
     x = torch.randn(2, 6, 32, dtype=torch.bfloat16)
     table = rotary_table(torch.arange(6), 16)
@@ -191,5 +198,20 @@ def test_gpu_flex_attention_equals_the_mask_of_block_diffusion(dtype, padded):
 
 @cuda
 def test_gpu_kernels_are_chosen_by_what_is_there():
+    """PyTorch brings a flash attention of its own, for GPUs from Ampere on."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a newer GPU")
     assert choose_kernel("auto", blocks=True) == "flex"
-    assert choose_kernel("auto") == ("flash" if flash_kernels() is not None else "sdpa")
+    assert choose_kernel("auto", blocks=True, head_width=8) != "flex"
+    assert choose_kernel("auto") == "flash"
+    installed = any(importlib.util.find_spec(name.split(".")[0]) for name in module.MODULES.values())
+    assert installed or kernel_name("flash") == module.OWN
+    assert kernel_name("flash", torch.float32) == kernel_name("flash", masked=True) == "PyTorch SDPA"
+
+
+def test_kernels_are_chosen_for_the_heads_that_there_are(monkeypatch):
+    """Here by a stand-in, which works with heads of 64 alone: others are SDPA's."""
+    monkeypatch.setattr(module, "flash_kernels", lambda width=64: flash if width == 64 else None)
+    flash = Flash("stand-in", None, None, "cpu")
+    assert [choose_kernel("auto", head_width=width) for width in (64, 96)] == ["flash", "sdpa"]
+    assert [kernel_name("flash", head_width=width) for width in (64, 96)] == ["stand-in", "PyTorch SDPA"]

@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,8 +19,10 @@ from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import VMD, head
 from vmd_scale.model.attention import block_diffusion_mask
 from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
+from vmd_scale.planning import hardware
 from vmd_scale.planning.activations import activations_of_row, count_parameters, without_memory
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
+from vmd_scale.planning.describe import describe
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPUS, peak_flops
 from vmd_scale.planning.memory import logits_bytes, memory_of
@@ -256,6 +260,24 @@ def kept_bytes(forward):
     return sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
+def test_the_peak_of_a_process_is_its_own_and_does_not_fall():
+    script = """
+import torch
+from vmd_scale.planning.peaks import peak_of_process
+peaks = [peak_of_process(torch.device("cpu"))]
+x = torch.ones(2**26)
+peaks.append(peak_of_process(torch.device("cpu")))
+del x
+print(*peaks, peak_of_process(torch.device("cpu")))
+"""
+    larger = torch.ones(2**28)  # of the process that starts it
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, with_more, after = map(int, done.stdout.split())
+    assert before < 4 * larger.numel()
+    assert 2**28 <= with_more - before <= 1.1 * 2**28
+    assert after == pytest.approx(with_more, rel=1e-3)  # the kernel counts pages roughly
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_predicted_memory_is_the_measured_peak_of_a_gpu(compiled):
@@ -287,11 +309,21 @@ def test_collectives_cost_what_their_bytes_and_steps_cost():
     inside = 2 * 7 / 8 * 1e9 / (0.8 * gpu.inside)
     assert all_reduce(1e9, 8, gpu) == pytest.approx(inside, rel=0.02)
     assert all_reduce(1e9, 8, gpu) == pytest.approx(2 * all_gather(1e9, 8, gpu))
+    # On many nodes the slower of the two nets decides, an eighth of the bytes through each port: 2 x 1/8 of them.
+    assert all_reduce(1e10, 512, gpu) == pytest.approx(2 * 1e10 / 8 / (0.8 * gpu.between), rel=0.02)
     assert all_reduce(1e9, 16, gpu) > all_reduce(1e9, 8, gpu)
     # Large messages: bandwidth alone. Small ones over many nodes: latency, which a tree keeps to its logarithm.
     assert all_reduce(1e10, 1024, gpu) < 1.3 * all_reduce(1e10, 64, gpu)
     assert all_reduce(1e3, 4096, gpu) < 4 * all_reduce(1e3, 64, gpu)
     assert all_gather(1e3, 4096, gpu) > 20 * all_gather(1e3, 64, gpu)
+
+
+def test_stage_2_sums_the_gradients_of_every_micro_batch_on_all_ranks():
+    """As DeepSpeed does it: no less than stage 1 with one micro-batch, and that many times more with several."""
+    gpu = GPUS["h100"]
+    one, four = (seconds_per_step(2, 1e9, 2e9, micro_batches, 12, 64, gpu)[0] for micro_batches in (1, 4))
+    assert one == seconds_per_step(1, 1e9, 2e9, 4, 12, 64, gpu)[0] == all_reduce(2e9, 64, gpu)
+    assert four == 4 * one
 
 
 def plan_of(**changes):
@@ -329,9 +361,34 @@ def test_a_plan_adds_up():
     assert large(1).tokens_per_second < large(8).tokens_per_second < 8 * large(1).tokens_per_second
     assert full(1).tokens_per_second == pytest.approx(0.75 * large(1).tokens_per_second)
     assert all(a.efficiency >= b.efficiency for a, b in itertools.pairwise(plan.curve()))
+    assert one.mfu == pytest.approx(0.4)
+    assert eight.mfu == pytest.approx(0.4 * eight.efficiency)
     found = json.loads(json.dumps(plan.to_dict(8)))
     assert found["zero_stages"]["1"]["total"] == sum(found["zero_stages"]["1"]["memory"].values())
     assert found["parameters"]["denoiser"] + found["parameters"]["encoder"] == plan.parameters
+
+
+def test_a_plan_divides_the_batch_as_a_run_would():
+    """64 rows in micro-batches of 4: with more ranks they become smaller, then the batch grows to a row each."""
+    plan = plan_of()
+    shares = {gpus: (speed.rows_in_step, speed.micro_batch) for gpus in (1, 8, 16, 32, 24, 128)
+              for speed in [plan.speed(gpus)]}  # fmt: skip
+    assert shares == {1: (64, 4), 8: (64, 4), 16: (64, 4), 32: (64, 2), 24: (72, 3), 128: (128, 1)}
+
+
+def test_what_does_not_fit_is_marked():
+    values = {"layers": 48, "width": 4096, "heads": 32}
+    config = config_of(model={"attention": "auto", **values}, training={"global_batch": 64, "micro_batch": 1})
+    plan = Plan(config, build_architecture(config, VOCABULARY), GPUS["h100"], "bf16")
+    assert not plan.speed(1).fits
+    assert plan.speed(64, stage=3).fits
+    text = describe(plan, 64)
+    stages = {line[0]: line for line in text.splitlines() if line[:1].isdigit()}
+    assert "too large" in stages["0"]
+    assert "not with bf16" in stages["0"]
+    assert "too large" not in stages["3"]
+    alone = next(line for line in text.splitlines() if line.startswith(f"{1:>6}"))
+    assert alone.endswith("too large")
 
 
 def test_a_plan_counts_every_parameter_once():
@@ -363,10 +420,13 @@ def test_the_learning_rate_is_a_pure_function_of_the_step(schedule, last):
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA L40", 181e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", 1.0),  # not known: measured
     ],
 )
 def test_a_card_has_its_own_peak_not_that_of_a_shorter_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(hardware, "measured_flops", lambda device: 1.0)
     assert peak_flops(torch.device("cuda")) == peak
 
 

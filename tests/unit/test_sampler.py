@@ -9,6 +9,7 @@ import pytest
 import torch
 from expectations import assert_drawn_from
 from tiny_models import MODELS, exact_of, model_of, sequences, sureness, tiny_model
+from watching import DeviceWatch
 
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.paths import CONFIDENCE_LAWS, LAWS, RANDOM_LAWS
@@ -121,6 +122,49 @@ def test_modulations_are_computed_once_a_latent(groups, latent, numbers, monkeyp
     monkeypatch.setattr(model.denoiser, "modulations", lambda z: None)
     assert torch.equal(sample(model, sampler, noise, numbers, *given), drawn)
     assert len(computed) > 2
+
+
+KINDS = [{}, {"groups": 2}, {"prior": "conditional"}, {"time_conditioning": True}, {"latent_width": 0}]
+
+
+@pytest.mark.parametrize("latent", ["fixed", "fresh"])
+@pytest.mark.parametrize("law", RANDOM_LAWS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_step_of_a_random_law_waits_for_nothing(law, kind, latent, monkeypatch):
+    """Here with the CPU playing a device: what is not on it is on the host, where waiting costs nothing."""
+    model, watch = tiny_model(12, row_length=6, **kind), DeviceWatch("sampler.py")
+    for parameter in model.parameters():
+        watch.put(parameter)
+    monkeypatch.setattr(_Walk, "_sent", lambda self, x: watch.put(x.clone()))
+    with watch:
+        drawn = sample(model, Sampler(4, latent, law), Noise(10), torch.arange(12), *partly_given())
+    assert watch.is_on_device(drawn)
+    assert watch.waits == watch.mixed == {}
+    assert watch.operations["nonzero"] > 4  # they are there, on the host
+    with watch:
+        drawn[drawn == 1].sum().item()
+    assert watch.waits == {"index": 1, "_local_scalar_dense": 1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("law", RANDOM_LAWS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_step_of_a_random_law_waits_for_no_gpu(law, kind):
+    model, (given, maskable, attend) = tiny_model(12, row_length=6, **kind), partly_given()
+    arguments = Sampler(4, "fresh", law), Noise(10), torch.arange(12)
+    expected = sample(model, *arguments, given, maskable, attend)
+    model.cuda()
+    sample(model, *arguments, given, maskable, attend)  # whatever is only done once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        walk = _Walk(model, *arguments, given.masked_fill(maskable, 3), maskable, attend)
+        for group in range(model.architecture.groups):
+            walk.block(group)
+            if group < model.architecture.groups - 1:
+                walk.remember(group)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (walk.x.cpu() == expected).float().mean() > 0.95  # in fp32, a token may be at the edge of two
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmd_scale.config_file import load_config
-from vmd_scale.training.telemetry import LOG, Telemetry, start_logging
+from vmd_scale.training.telemetry import LOG, Telemetry, share, start_logging
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.json"
 
@@ -41,16 +41,25 @@ def test_every_logged_step_is_a_line_and_only_a_terminal_has_a_bar(tmp_path, mon
     for step in range(1, 41):
         telemetry.step()
         if step % 20 == 0:
-            telemetry.log({"step": step, "loss": step / 7, "kl": 0.5, "tokens_per_second": 1234.5, "mfu": 0.25})
+            record = {"step": step, "loss": step / 7, "kl": 0.5, "tokens_per_second": 1234.5, "mfu": 0.25}
+            telemetry.log({**record, "peak_memory_gib": 12.34})
     telemetry.went_back_to(20)
     telemetry.close()
     said = [line.partition(" INFO ")[2] for line in (tmp_path / LOG).read_text().splitlines()]
     assert len(said) == 2
-    assert said[0].startswith("step 20 of 1200: loss 2.8571, KL 0.5000, 1,234 tokens/s, MFU 25%, ")
+    assert said[0].startswith("step 20 of 1200: loss 2.8571, KL 0.5000, 1,234 tokens/s, MFU 25%, 12.3 GiB, ")
     assert said[1].endswith(" left")
     assert ("\r" in screen.getvalue()) == is_terminal
     assert ("% step " in screen.getvalue()) == is_terminal
     assert all(line in screen.getvalue() for line in said)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0004, "0.0%"), (0.004, "0.4%"), (0.0994, "9.9%"), (0.0996, "10%"), (0.254, "25%")]
+)
+def test_a_small_share_is_not_nothing(value, shown):
+    """A small model on a CPU, or the first step of a large one."""
+    assert share(value) == shown
 
 
 def test_the_time_left_is_that_of_the_steps_of_this_start(tmp_path, monkeypatch):

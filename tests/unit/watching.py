@@ -25,12 +25,50 @@ class Watch(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         self.operations[name] += 1
-        if name in WAITS or (name in INDEXING and any(_is_bool(x) for x in tree_leaves(args[1]))):
+        may_wait = name in WAITS or (name in INDEXING and any(_is_bool(x) for x in tree_leaves(args[1])))
+        if may_wait and self.is_on_device((args, kwargs)):
             self.waits[name] += 1
             self.waiting[_caller()] += 1
         sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         return result
+
+    def is_on_device(self, arguments):
+        """Whether an operation is the device's business: here everything is."""
+        return True
+
+
+class DeviceWatch(Watch):
+    """Plays a device that is not the host: on it is what was put there, and what was computed from that.
+
+    `mixed`: operations of the named source file with arguments on both, where a real device refuses or waits.
+    """
+
+    def __init__(self, file):
+        super().__init__()
+        self.file, self.mixed, self._put = file, Counter(), {}
+
+    def put(self, tensor):
+        self._put[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other one gets its place
+        return tensor
+
+    def is_on_device(self, arguments):
+        return any(x.untyped_storage()._cdata in self._put for x in _tensors(arguments))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        arguments = [x for x in _tensors((args, kwargs)) if x.dim()]
+        there = [self.is_on_device(x) for x in arguments]
+        if any(there) and not all(there) and self.file in _caller():
+            self.mixed[f"{function} in {_caller()}"] += 1
+        if any(there):
+            for x in _tensors(result):
+                self.put(x)
+        return result
+
+
+def _tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def _is_bool(x):

@@ -1,4 +1,9 @@
-"""The T-step sampler, the very model whose likelihood `likelihood` bounds; and forms of it that have no likelihood."""
+"""The T-step sampler, the very model whose likelihood `likelihood` bounds; and forms of it that have no likelihood.
+
+Which positions a step draws is decided on the host, where the noise is: a random law knows it from the noise alone, and
+its steps wait for nothing that a GPU computes. Laws of confidence wait for the predictions, masking again for what was
+drawn, once a step.
+"""
 
 import math
 from dataclasses import dataclass
@@ -73,26 +78,24 @@ def sample(
     maskable: Tensor | None = None,
     attend: Tensor | None = None,
 ) -> Tensor:
-    """Draw rows. Row number n of a seed is always the same row, whatever it is batched with.
+    """Draw rows. Row number n of a seed is always the same row, whatever it is batched with. Tensors are on the host.
 
     Args:
-        numbers: int64 [B], which rows of this seed, on the host.
+        numbers: int64 [B], which rows of this seed.
         given: int64 [B, L], tokens to keep where `maskable` is false (infilling); None starts from all masks. With
             blocks, which are drawn one after the other, those of later blocks are kept but not looked at.
         maskable: bool [B, L], positions to draw; None draws all.
         attend: bool [B, L], false at padding.
 
     Returns:
-        int64 [B, L], on the host.
+        int64 [B, L].
     """
     a = model.architecture
     shape = (len(numbers), a.row_length)
     if maskable is None:
         maskable = torch.ones(shape, dtype=torch.bool)
     x = torch.full(shape, a.mask_id) if given is None else given.masked_fill(maskable, a.mask_id)
-    device = next(model.parameters()).device
-    on_attend = None if attend is None else attend.to(device)
-    walk = _Walk(model, sampler, noise, numbers, x.to(device), maskable.to(device), on_attend)
+    walk = _Walk(model, sampler, noise, numbers, x, maskable, attend)
     for group in range(a.groups):  # block after block; a plain row is one block
         walk.block(group)
         if group < a.groups - 1:
@@ -101,7 +104,11 @@ def sample(
 
 
 class _Walk:
-    """A batch of rows on their way from masks to tokens."""
+    """A batch of rows on their way from masks to tokens.
+
+    On the model's device are the tokens, `x`, what may be attended and z; on the host the noise and which positions are
+    still masked.
+    """
 
     def __init__(
         self,
@@ -114,8 +121,9 @@ class _Walk:
         attend: Tensor | None,
     ) -> None:
         a = model.architecture
-        self.model, self.sampler, self.x, self.maskable, self.attend = model, sampler, x, maskable, attend
-        self.noise, self.numbers = noise, numbers
+        self.model, self.sampler, self.maskable, self.masked = model, sampler, maskable, maskable.clone()
+        self.noise, self.numbers, self.device = noise, numbers, next(model.parameters()).device
+        self.x, self.attend = self._sent(x), None if attend is None else self._sent(attend)
         self.mask_id, self.size = a.mask_id, a.row_length // a.groups
         self.past = [KeyValues() for _ in range(a.layers)] if a.groups > 1 else None
         self.order = self._uniform(Stream.SAMPLE_PATH, 0)
@@ -125,12 +133,11 @@ class _Walk:
     def block(self, group: int) -> None:
         """Draw one block; those before it are complete."""
         sampler, inside = self.sampler, slice(group * self.size, (group + 1) * self.size)
-        maskable = self.maskable[:, inside]
+        maskable, masked = self.maskable[:, inside], self.masked[:, inside]  # the latter changes in place
         count = maskable.sum(-1)
-        drawn_with = torch.zeros(maskable.shape, dtype=torch.float64, device=self.x.device)
+        drawn_with = torch.zeros(maskable.shape, dtype=torch.float64)
         total = self._total(count)
         for k in range(total, 0, -1):
-            masked = maskable & (self.x[:, inside] == self.mask_id)
             left = self._masked_after(k, count, maskable, self.order[:, inside])
             again = torch.minimum((sampler.remask * (count - masked.sum(-1))).long(), left)
             number = masked.sum(-1) + again - left  # of positions to draw
@@ -144,7 +151,7 @@ class _Walk:
                 self.order = self._uniform(Stream.SAMPLE_PATH, substep(group, k))
                 self.u = self._uniform(Stream.SAMPLE_TOKEN, substep(group, k))
             ratio = (masked.sum(-1) / count.clamp(min=1))[rows, None]
-            hidden = self._hidden(rows, group, ratio)
+            hidden = self._hidden(self._sent(rows), group, self._sent(ratio))
             priority = self.order[rows, inside]
             if sampler.by_confidence:
                 # Of the row's own steps, not of those beside it.
@@ -152,20 +159,25 @@ class _Walk:
                 fade = (k - 1) / own[rows]
                 priority = self._sureness(hidden, masked[rows], priority, fade.unsqueeze(-1))
             drawn = highest(priority, masked[rows], number[rows])
+            row, place = drawn.nonzero().unbind(-1)
             tokens, probability = draw_from(
-                hidden[drawn],
+                hidden[self._sent(row), self._sent(place)],
                 self.model.denoiser.logits,
                 self.model.architecture.vocab_size,
-                self.u[rows, inside][drawn],
+                self._sent(self.u[rows, inside][drawn]),
                 sampler.temperature,
                 sampler.nucleus,
                 with_probability=sampler.remask > 0,
             )
-            known = maskable & ~masked
-            self.x[rows, inside] = self.x[rows, inside].masked_scatter(drawn, tokens)
+            row, known = rows[row], maskable & ~masked
+            self._write(row, place + inside.start, tokens)
+            masked[row, place] = False
             if probability is not None:
-                self.x[:, inside] = self.x[:, inside].masked_fill(highest(-drawn_with, known, again), self.mask_id)
-                drawn_with[rows] = drawn_with[rows].masked_scatter(drawn, probability)
+                forgotten = highest(-drawn_with, known, again)
+                masked |= forgotten
+                drawn_with[row, place] = probability.cpu()
+                row, place = forgotten.nonzero().unbind(-1)
+                self._write(row, place + inside.start, self.mask_id)
 
     def remember(self, group: int) -> None:
         """Keep keys and values of a complete block for those after it."""
@@ -206,14 +218,16 @@ class _Walk:
         return self.model.denoiser.forward_block(block, group, past, z, attend, ratio, modulations=modulations)
 
     def _sureness(self, hidden: Tensor, masked: Tensor, u: Tensor, fade: Tensor) -> Tensor:
-        """By what the laws of confidence choose among masked positions, float64 [n, L / G]."""
+        """By what the laws of confidence choose among masked positions, float64 [n, L / G], on the host."""
         sampler, denoiser = self.sampler, self.model.denoiser
-        sure = confidence_of(hidden[masked], denoiser.logits, self.model.architecture.vocab_size, sampler.law)
+        row, place = masked.nonzero().unbind(-1)
+        hidden = hidden[self._sent(row), self._sent(place)]
+        sure = confidence_of(hidden, denoiser.logits, self.model.architecture.vocab_size, sampler.law).cpu()
         if sampler.order_noise:
             on_log_scale = sure if sampler.law == "entropy" else sure.clamp(min=1e-300).log()
             scale = (sampler.order_noise * fade).expand(masked.shape)[masked]
             sure = on_log_scale - scale * (-u[masked].log()).log()
-        return torch.zeros(masked.shape, dtype=torch.float64, device=masked.device).masked_scatter(masked, sure)
+        return torch.zeros(masked.shape, dtype=torch.float64).masked_scatter(masked, sure)
 
     def _draw_latent(self, step: int) -> None:
         """z of every group, and what the forwards to come need of it."""
@@ -226,10 +240,17 @@ class _Walk:
         if not a.latent_width:
             return None
         shape = (a.groups, a.latent_width)
-        epsilon = self.noise.normal(Stream.SAMPLE_LATENT, step, self.numbers, shape).to(self.x.device)
-        prior = self.model.prior(self.x, self.maskable & (self.x == self.mask_id), self.attend)
+        epsilon = self._sent(self.noise.normal(Stream.SAMPLE_LATENT, step, self.numbers, shape))
+        prior = self.model.prior(self.x, self._sent(self.masked), self.attend)
         return epsilon if prior is None else prior.sample(epsilon)
 
     def _uniform(self, stream: Stream, step: int) -> Tensor:
-        """Uniform in (0, 1), float64 [B, L]."""
-        return self.noise.uniform(stream, step, self.numbers, (self.x.shape[1],)).to(self.x.device)
+        """Uniform in (0, 1), float64 [B, L], on the host."""
+        return self.noise.uniform(stream, step, self.numbers, (self.x.shape[1],))
+
+    def _write(self, row: Tensor, place: Tensor, tokens: Tensor | int) -> None:
+        self.x[self._sent(row), self._sent(place)] = tokens
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """To the device; nobody waits for its arrival. It may change here while it is on its way."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)

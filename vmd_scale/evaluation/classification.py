@@ -28,6 +28,8 @@ from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import Tokenizer
 
+CLASSIFICATION = "classification.json"
+
 
 @dataclass(frozen=True)
 class Accuracy:

@@ -51,6 +51,7 @@ class GenerationResult:
     changes: str = ""  # what the sampler does for quality's sake, such as a temperature
     mauve: float | None = None
     checkpoint: str | None = None  # `checkpoint_id` of what was sampled
+    precision: str | None = None  # that the network computed in; results of older versions do not know
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,7 +140,8 @@ def generation_table(results: Sequence[GenerationResult]) -> str:
     first = results[0]
     lines = [
         f"protocol {first.protocol}, judge {first.judge}, data of the {first.split} split, weights {first.weights}, "
-        f"step {first.step}, seed {first.seed}, rows of {first.row_length}"
+        + (f"precision {first.precision}, " if first.precision else "")
+        + f"step {first.step}, seed {first.seed}, rows of {first.row_length}"
         + (f", {first.changes}" if first.changes else "")
     ]
     head = ("T", "z", "paths", "samples", "tokens", "gen. ppl", "+-", "entropy", "+-", *(f"dist-{n}" for n in DISTINCT))
@@ -202,6 +204,7 @@ def _result(
         data=reader.manifest.described(reader.split),
         changes="" if sampler is None or sampler.is_plain else _changes(sampler),
         mauve=mauve,
+        precision=trained.precision,
     )
 
 

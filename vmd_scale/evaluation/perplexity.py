@@ -26,6 +26,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import Protocol, get_protocol
 from vmd_scale.files import checked, read_json
 from vmd_scale.model import VMD
+from vmd_scale.precision import precision_of
 
 Score = Callable[[Rows, Tensor], Tensor]  # rows and their counted positions -> nats [B]
 
@@ -61,10 +62,11 @@ class Result:
     data: str | None = None  # corpus, tokenizer and rows: see `Manifest.described`
     checkpoint: str | None = None  # `checkpoint_id` of what was evaluated; a run that evaluates itself has none yet
     row_nats: tuple[float, ...] | None = None  # of each row, if asked for: two models are best compared row by row
+    precision: str | None = None  # that the network computed in; results of older versions do not know
 
     def to_dict(self) -> dict[str, Any]:
         """Optional values are left out where there are none."""
-        optional = ("vmd_surrogate", "vmd_surrogate_error", "caveat", "data", "checkpoint", "row_nats")
+        optional = ("vmd_surrogate", "vmd_surrogate_error", "caveat", "data", "checkpoint", "row_nats", "precision")
         return {k: v for k, v in asdict(self).items() if v is not None or k not in optional}
 
 
@@ -218,6 +220,7 @@ def evaluate(
                 caveat=protocol.caveat(reader.manifest, request.split),
                 data=reader.manifest.described(reader.split),
                 row_nats=tuple(nats.tolist()) if request.keep_rows else None,
+                precision=precision_of(model),
             )
         )
     return results

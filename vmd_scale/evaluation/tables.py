@@ -8,7 +8,7 @@ from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.evaluation.published import figures_of
 
 COMPARED = ("protocol", "data", "split", "interval", "caveat")  # must be the same in one table
-FINE_PRINT = ("protocol", "data", "split", "tokens", "interval", "weights", "step", "draws", "seed")
+FINE_PRINT = ("protocol", "data", "split", "tokens", "interval", "weights", "precision", "step", "draws", "seed")
 
 
 def table(results: Sequence[Result], note: str | None = None) -> str:
@@ -23,8 +23,10 @@ def table(results: Sequence[Result], note: str | None = None) -> str:
     if not results:
         return "no results"
     check_comparable(results, note)
-    shared = [key for key in FINE_PRINT if len({getattr(r, key) for r in results}) == 1]
-    apart = [key for key in FINE_PRINT if key not in shared]
+    # What older versions did not write down is not said at all, unless a newer result stands beside theirs.
+    told = [key for key in FINE_PRINT if key != "precision" or any(r.precision for r in results)]
+    shared = [key for key in told if len({getattr(r, key) for r in results}) == 1]
+    apart = [key for key in told if key not in shared]
     lines = [", ".join(f"{key} {_shown(getattr(results[0], key))}" for key in shared)]
     head = ("T", "z", "paths", "K", "bound", "bits/token", "+-", "perplexity", "+-", "rows")
     lines.append(

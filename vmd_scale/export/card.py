@@ -7,7 +7,7 @@ from pathlib import Path
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.errors import UserError
-from vmd_scale.evaluation.classification import Accuracy
+from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.export.standalone import FILE_NAME
 from vmd_scale.files import checked, read_json
@@ -27,10 +27,10 @@ MEASURED = (
     "standard_error",
     "perplexity",
     "rows",
+    "precision",
 )
 CLASSIFIED = ("split", "rows", "labels", "accuracy", "standard_error", "label_nll")
 PROMPT = "the first [MASK] of the"
-CLASSIFICATION = "classification.json"  # of a run folder, by finetune.py
 RUN_RESULTS = ("evaluations.jsonl", "evaluation.json")  # of a run folder: made by training, and by evaluate.py
 
 
@@ -214,7 +214,8 @@ def _accuracies(accuracies: Sequence[Accuracy]) -> list[str]:
 def _table(columns: Sequence[str], records: Sequence[object]) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for record in records:
-        cells = [f"{v:.4f}" if isinstance(v := getattr(record, key), float) else str(v) for key in columns]
+        values = [getattr(record, key) for key in columns]
+        cells = [f"{v:.4f}" if isinstance(v, float) else "not recorded" if v is None else str(v) for v in values]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

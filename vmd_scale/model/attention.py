@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -61,9 +62,16 @@ OWN = "PyTorch's flash attention"
 MODULES = {"flash-attn 4": "flash_attn.cute", "flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
-@functools.cache
 def flash_kernels(head_width: int = 64) -> Flash | None:
-    """The flash-attn that was made for this GPU and works with such heads, else PyTorch's own, or None."""
+    """The flash-attn that was made for this GPU and works with such heads, else PyTorch's own, or None.
+
+    Where PyTorch is told to be deterministic, it is one whose backward pass can be.
+    """
+    return _flash_kernels(head_width, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _flash_kernels(head_width: int, deterministic: bool) -> Flash | None:
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()[0]
@@ -74,7 +82,8 @@ def flash_kernels(head_width: int = 64) -> Flash | None:
                 flash = Flash(OWN, _sdpa, _own_varlen)
             else:
                 found = importlib.import_module(MODULES[name])
-                flash = Flash(name, found.flash_attn_func, found.flash_attn_varlen_func)
+                functions = found.flash_attn_func, found.flash_attn_varlen_func
+                flash = Flash(name, *(map(_deterministic, functions) if deterministic else functions))
             _try(flash, head_width)
         except Exception as error:  # a build for another PyTorch, CUDA or GPU fails in ways of its own
             if not isinstance(error, ModuleNotFoundError):
@@ -82,6 +91,13 @@ def flash_kernels(head_width: int = 64) -> Flash | None:
             continue
         return flash
     return None
+
+
+def _deterministic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of flash-attn, whose gradients are to be the same each time. PyTorch's own sees to it by itself."""
+    if "deterministic" not in inspect.signature(function).parameters:
+        raise TypeError(f"{function.__name__} has no argument 'deterministic'")
+    return functools.partial(function, deterministic=True)
 
 
 def _try(flash: Flash, head_width: int) -> None:
@@ -102,14 +118,14 @@ def flash_available(head_width: int = 64) -> bool:
     return flash is not None and flash.name != OWN
 
 
-def kernel_name(kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked: bool = False) -> str:
+def kernel_name(
+    kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked: bool = False, head_width: int = 64
+) -> str:
     """For the log: what `attention` takes. `masked`: whether positions are left out, by a mask that is a tensor."""
-    flash = flash_kernels() if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
-    if flash is not None:
-        if dtype in (torch.bfloat16, torch.float16) and not masked:
-            return flash.name
-        kernel = "sdpa"
-    return "PyTorch SDPA" if kernel == "sdpa" else str(kernel)
+    flash = flash_kernels(head_width) if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
+    if flash is not None and dtype in (torch.bfloat16, torch.float16) and not masked:
+        return flash.name
+    return str(kernel) if kernel in ("flex", "reference") else "PyTorch SDPA"
 
 
 def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:

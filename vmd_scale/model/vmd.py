@@ -46,15 +46,22 @@ class VMD(nn.Module):
             for block in stack:
                 block.compile(dynamic=dynamic)
 
-    def attention_kernels(self, dtype: torch.dtype, padded: bool) -> dict[str, str]:
-        """Their names, by network. `padded`: whether rows have padding, which no varlen kernel leaves out."""
+    def attention_kernels(self, dtype: torch.dtype, padded: bool, sampling: bool = False) -> dict[str, str]:
+        """Their names, by network.
+
+        Args:
+            padded: whether rows have padding, which no varlen kernel leaves out.
+            sampling: which has no use for the encoder, and computes blocks one after the other, without a mask.
+        """
         networks: dict[str, Denoiser | Encoder | None] = {
             "denoiser": self.denoiser,
-            "encoder": self.encoder,
+            "encoder": None if sampling else self.encoder,
             "prior": self.prior_network,
         }
         return {
-            name: kernel_name(network.blocks.kernel, dtype, padded)
+            name: kernel_name(
+                "sdpa" if sampling and network.blocks.kernel == "flex" else network.blocks.kernel, dtype, padded
+            )
             for name, network in networks.items()
             if network is not None
         }

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from vmd_scale.errors import UserError
-from vmd_scale.files import read_json
+from vmd_scale.files import read_json, write_atomically
 from vmd_scale.tokenization.characters import MOST_SYMBOLS, CharacterTokenizer, SymbolTokenizer
 from vmd_scale.tokenization.exported import ORIGINAL, TOKENIZER_CONFIG
 from vmd_scale.tokenization.interface import Tokenizer
@@ -26,6 +26,7 @@ CHARACTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 ASSETS = Path("tokenizer/assets")
+KEPT = "tokenizer"  # folder in that of a run
 GPT2_FILES = [  # (vocabulary, merges)
     ("encoder.json", "vocab.bpe"),
     ("vocab.json", "merges.txt"),
@@ -72,6 +73,21 @@ def vocab_size_of(name: str) -> int:
     """
     at_hand = any(place.exists() for place in _places(name))
     return VOCAB_SIZES[name] if name in VOCAB_SIZES and not at_hand else load_tokenizer(name).vocab_size
+
+
+def keep_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
+    """Write its files into a run folder: where `data.tokenizer` points to may be moved, or was named from elsewhere."""
+    for name, content in tokenizer.files().items():
+        write_atomically(run_folder / KEPT / name, content)
+
+
+def kept_tokenizer(name: str, run_folder: Path) -> str:
+    """What `load_tokenizer` should be asked for: the files that a run keeps, where `name` is not built in.
+
+    Runs of older versions keep none: then it is `name`.
+    """
+    built_in = name in CHARACTERS or name.startswith("symbols:")
+    return name if built_in or not (run_folder / KEPT).is_dir() else str(run_folder / KEPT)
 
 
 def _places(name: str) -> list[Path]:

@@ -24,7 +24,9 @@ from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.planning.hardware import peak_flops
+from vmd_scale.planning.peaks import peak_of_process
 from vmd_scale.planning.workload import flops_of
+from vmd_scale.precision import describe_kernels
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer
 from vmd_scale.training.ema import ShardedEMA
@@ -67,9 +69,7 @@ class Trainer:
             world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
         self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
         self.objective = parts.objective(config, tokenizer.vocab_size)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        kernels = model.attention_kernels(dtype, config.data.packing == "pad")
-        log.info("precision %s, attention: %s", self.precision, ", ".join(f"{k} by {v}" for k, v in kernels.items()))
+        log.info("%s", describe_kernels(model, self.precision, config.data.packing == "pad"))
         self.engine = build_engine(config, model, world, self.precision)
         self.master = ShardedMaster(self.engine)
         self.master.start_from(initial)  # which the engine has rounded to the precision of the forward pass
@@ -100,6 +100,12 @@ class Trainer:
         a = build_architecture(config, tokenizer.vocab_size)
         self.flops_per_token = flops_of(config, a, world.device.type == "cuda").total
         self.peak_flops = peak_flops(world.device)
+
+    @property
+    def unigram_bits_per_token(self) -> float:
+        """Of the split that bounds are computed on, where there is one: what a model without context could reach."""
+        splits = self.contents[0]
+        return splits.get("validation", splits["train"])["unigram_entropy"] / math.log(2)
 
     @functools.cached_property
     def validation_rows(self) -> ShardReader:
@@ -349,6 +355,7 @@ class Trainer:
             "tokens_per_second": new_tokens / seconds,
             "mfu": positions * self.flops_per_token / (seconds * self.peak_flops * self.world.size),
             "data_wait_fraction": waited / seconds,
+            "peak_memory_gib": peak_of_process(self.world.device) / 2**30,  # of rank 0, since this start
             "skipped_steps": self.skipped_steps,
         }
 

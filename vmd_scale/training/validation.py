@@ -12,6 +12,7 @@ from vmd_scale.config import Config, step_values
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader
+from vmd_scale.determinism import any_order
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.evaluation.latent import LatentUsage, latent_usage
@@ -82,7 +83,7 @@ def _draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: Shar
     maskable, attend = masks_of(batch, reader.manifest)
     given = batch.roles is not None and bool((batch.roles == Role.GIVEN).any())
     # Rows that are finished leave the batch: compiled for each size, the blocks would use up their recompilations.
-    with torch.compiler.set_stance("eager_on_recompile"):
+    with torch.compiler.set_stance("eager_on_recompile"), any_order():
         if given:
             rows = sample(model, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
         else:
