@@ -3,10 +3,12 @@
     python launchers/export.py --checkpoint runs/text8 --output exported/text8
     python launchers/export.py --checkpoint runs/text8 --output exported/text8 --encoder --dtype bf16
     python launchers/export.py --checkpoint runs/text8 --output exported/text8 --push USER/MODEL
+    python launchers/export.py --checkpoint runs/lora --output exported/lora --adapter
 
 The folder holds config.json, safetensors, the tokenizer, a model card with what was measured of these weights (in the
 run folder, or in the file of --evaluation) and two files of code: transformers_vmd.py for
 AutoModel.from_pretrained(DIR, trust_remote_code=True), and modeling_vmd.py, which needs torch and safetensors only.
+With --adapter, it holds the adapters of a run with LoRA alone, in peft's format, for an exported base.
 """
 
 import argparse
@@ -14,7 +16,9 @@ from pathlib import Path
 
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.commandline import HelpFormatter
-from vmd_scale.errors import reports_user_errors
+from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.export.adapter import OWN as ADAPTER_FILES
+from vmd_scale.export.adapter import export_adapter
 from vmd_scale.export.card import accuracies_of, results_of
 from vmd_scale.export.folder import DTYPES, check_request, export, exported_files
 from vmd_scale.export.hub import push
@@ -37,13 +41,17 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", type=Path, metavar="FILE", help="results of evaluate.py to put into the model card"
     )
+    parser.add_argument("--adapter", action="store_true", help="LoRA's adapters alone, for peft, not merged")
     parser.add_argument("--push", metavar="USER/MODEL", help="upload the folder to the Hugging Face hub afterwards")
     parser.add_argument("--public", action="store_true", help="with --push: a new repository is public, not private")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there what was exported and from where")
     args = parser.parse_args()
 
-    check_request(args.output, args.max_shard_size)
     check_writable(args.json, "--json")
+    if args.adapter:
+        only_adapters(args)
+        return
+    check_request(args.output, args.max_shard_size)
     trained = load_trained(args.checkpoint, args.weights)
     results = results_of(trained, args.evaluation)
     accuracies = accuracies_of(trained)
@@ -54,6 +62,24 @@ def main() -> None:
         write_json(args.json, {"folder": str(folder), "step": trained.step, "weights": trained.weights, "files": files})
     if args.push:
         print(f"uploaded to {push(folder, args.push, args.public)}")
+
+
+def only_adapters(args: argparse.Namespace) -> None:
+    """What --adapter does.
+
+    Raises:
+        UserError: with an option of whole weights; see `export_adapter`.
+    """
+    whole = {"--encoder": args.encoder, "--evaluation": args.evaluation, "--dtype": args.dtype != "fp32"}
+    if given := [name for name, value in whole.items() if value]:
+        raise UserError(f"--adapter: {', '.join(given)} is for whole weights; leave one of them out")
+    checkpoint, step = export_adapter(args.checkpoint, args.output, args.weights)
+    print(f"{checkpoint} (adapters, {args.weights} weights, step {step}) -> {args.output}")
+    if args.json:
+        files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir()) if path.name in ADAPTER_FILES}
+        write_json(args.json, {"folder": str(args.output), "step": step, "weights": args.weights, "files": files})
+    if args.push:
+        print(f"uploaded to {push(args.output, args.push, args.public, own=ADAPTER_FILES)}")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ LATENT_PARTS = (
 
 
 class LowRankLinear(nn.Linear):
-    """W x + (alpha / rank) B A x. B starts at zero: at first nothing changes."""
+    """W x + scale B A x. B starts at zero: at first nothing changes."""
 
-    def __init__(self, adapted: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, adapted: nn.Linear, rank: int, scale: float) -> None:
         bias = adapted.bias is not None
         super().__init__(adapted.in_features, adapted.out_features, bias=bias, device="meta")
         self.weight, self.bias = adapted.weight, adapted.bias
-        self.scale = alpha / rank
+        self.scale = scale
         self.lora_a = nn.Parameter(torch.randn(rank, adapted.in_features) / math.sqrt(adapted.in_features))
         self.lora_b = nn.Parameter(torch.zeros(adapted.out_features, rank))
 
@@ -52,7 +52,7 @@ def add_adapters(model: nn.Module, lora: LoRAConfig) -> None:
     for name, module in linear.items():
         if _matches(name, lora.layers):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LowRankLinear(module, lora.rank, lora.alpha))
+            setattr(model.get_submodule(parent), leaf, LowRankLinear(module, lora.rank, lora.scale))
 
 
 def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def merged(weights: Mapping[str, Tensor], lora: LoRAConfig | None) -> dict[str, 
     for name, a in weights.items():
         if name.endswith(".lora_a"):
             layer = name.removesuffix(".lora_a")
-            difference = lora.alpha / lora.rank * weights[f"{layer}.lora_b"] @ a
+            difference = lora.scale * weights[f"{layer}.lora_b"] @ a
             plain[f"{layer}.weight"] = plain[f"{layer}.weight"] + difference
     return plain
 

@@ -155,12 +155,19 @@ class DiffusionConfig(Section):
 
 class LoRAConfig(Section):
     rank: int = Field(ge=1, description="of the two factors; required where lora is given at all")
-    alpha: float = Field(default=16.0, gt=0, description="the low-rank product is multiplied by alpha / rank")
+    alpha: float | None = Field(
+        default=None, gt=0, description="the low-rank product is multiplied by alpha / rank; null: 2 x rank"
+    )
     layers: tuple[str, ...] = Field(
         default=("*.attention.qkv", "*.attention.out", "*.mlp.up", "*.mlp.down"),
         min_length=1,
         description="patterns of names of linear layers",
     )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank. The default does not depend on the rank, so that another one needs no other learning rate."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 class TrainingConfig(Section):
@@ -378,9 +385,14 @@ class Config(Section):
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def resolved(self) -> Self:
-        """With the encoder's size in numbers: what a run writes down must not depend on a later version's defaults."""
+        """With the encoder's size and LoRA's alpha in numbers: what a run writes down must not depend on a later
+        version's defaults."""
         size = {"encoder_layers": self.encoder_layers, "encoder_width": self.encoder_width}
-        return self.model_copy(update={"latent": self.latent.model_copy(update=size)})
+        changed: dict[str, Section] = {"latent": self.latent.model_copy(update=size)}
+        if (lora := self.training.lora) is not None:
+            lora = lora.model_copy(update={"alpha": lora.scale * lora.rank})
+            changed["training"] = self.training.model_copy(update={"lora": lora})
+        return self.model_copy(update=changed)
 
     def publishable(self) -> dict[str, Any]:
         """All of it but where files lie on this machine. Data sets of a hub (hf:) keep their names."""

@@ -1,9 +1,14 @@
 """finetune.py: labels in full, prompts by adapters on an exported folder, and a latent for a plain model."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
 from vmd_scale.config_file import parse_config
@@ -108,6 +113,88 @@ def test_responses_are_learned_by_adapters_on_an_exported_folder_and_drawn_from_
     (record,) = json.loads((run / "s.json").read_text())
     assert len(record["texts"]) == 2
     assert all(text.startswith(" mask one row") and len(text) == 32 for text in record["texts"])
+
+
+ADAPTED = """
+import sys
+
+from peft import PeftModel
+import torch
+from transformers import AutoModel
+
+base, adapter, merged = sys.argv[1:]
+rows = torch.randint(28, (4, 32), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    wanted = AutoModel.from_pretrained(merged, trust_remote_code=True)(rows).logits
+    plain = AutoModel.from_pretrained(base, trust_remote_code=True)
+    before = plain(rows).logits
+    model = PeftModel.from_pretrained(plain, adapter)
+    torch.testing.assert_close(model(rows).logits, wanted, rtol=0, atol=1e-5)
+    assert (before - wanted).abs().max() > 1e-4
+    assert model.generate(count=2, steps=2).shape == (2, 32)
+    torch.testing.assert_close(model.merge_and_unload()(rows).logits, wanted, rtol=0, atol=1e-5)
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(lab, pretrained):
+    """Adapters of four steps, exported alone and merged."""
+    source = write(
+        pretrained / "adapted.jsonl", [{"prompt": n["prompt"], "response": n["label"]} for n in news(200, 3)]
+    )
+    run, steps = pretrained / "adapted", ("--set", "training.steps=4", "--set", "training.learning_rate=1e-2")
+    start = ("--from", pretrained / "plain", "--corpus", "prompts", "--source", source)
+    calls = [
+        ("finetune", *start, "--output", run, "--lora", 4, *FAST, *steps),
+        ("export", "--checkpoint", run, "--output", pretrained / "adapter", "--adapter", "--json", run / "files.json"),
+        ("export", "--checkpoint", run, "--output", pretrained / "adapter", "--adapter"),  # again, in its place
+        ("export", "--checkpoint", run, "--output", pretrained / "merged"),
+    ]
+    for call in calls:
+        finished = lab.launch(*call)
+        assert finished.code == 0, finished.text
+    return pretrained / "adapter"
+
+
+def test_adapters_are_exported_alone(pretrained, adapter):
+    """What they add to the weights of the base is what merging adds."""
+    description = json.loads((adapter / "adapter_config.json").read_text())
+    assert (description["r"], description["lora_alpha"]) == (4, 8)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    base, merged = (load_file(pretrained / n / "model.safetensors") for n in ("exported", "merged"))
+    names = description["target_modules"]
+    assert {f"base_model.model.{name}.lora_{side}.weight" for name in names for side in "AB"} == set(tensors)
+    for name in names:
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(base[f"{name}.weight"] + 2 * b @ a, merged[f"{name}.weight"])
+    assert {name for name in base if not base[name].equal(merged[name])} == {f"{name}.weight" for name in names}
+    files = json.loads((pretrained / "adapted" / "files.json").read_text())["files"]
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_peft_loads_them_on_top_of_an_exported_base(pretrained, adapter):
+    pytest.importorskip("peft", reason="needs peft (pip install '.[peft]')")
+    folders = [str(pretrained / name) for name in ("exported", "adapter", "merged")]
+    home = {**os.environ, "HF_HOME": str(pretrained / "hf"), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", ADAPTED, *folders], env=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        ("plain", (), "has none (training.lora)"),
+        ("adapted", ("--encoder", "--dtype", "bf16"), "--adapter: --encoder, --dtype is for whole weights"),
+        ("adapted", ("--output", "exported"), "exists and holds no exported adapters"),
+    ],
+)
+def test_what_has_no_adapters_to_export(lab, pretrained, adapter, run, options, message):
+    options = [pretrained / word if word == "exported" else word for word in options]
+    call = ("--checkpoint", pretrained / run, "--output", pretrained / "nothing", "--adapter", *options)
+    finished = lab.launch("export", *call)
+    assert finished.code == 2, finished.text
+    assert message in finished.errors[0]
+    assert not (pretrained / "nothing").exists()
 
 
 def test_a_plain_model_gets_a_latent_and_only_that_is_trained(lab, pretrained):

@@ -1,5 +1,6 @@
 """Uploading an exported folder to the Hugging Face hub: only when the user says so, and private unless they say so."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -8,7 +9,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.export.folder import OWN, WORK
 
 
-def push(folder: Path, name: str, public: bool = False) -> str:
+def push(folder: Path, name: str, public: bool = False, own: Sequence[str] = OWN) -> str:
     """Create the repository where there is none, and upload the folder. Returns its address.
 
     What is left there of an earlier export, such as files of weights that a loader would read, is deleted in the same
@@ -16,6 +17,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
 
     Args:
         name: USER/MODEL. Who one is, is what `hf auth login` has stored.
+        own: patterns of the names that an export may have.
 
     Raises:
         UserError: no network, no permission, or a name that is none.
@@ -28,7 +30,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
             folder_path=folder,
             commit_message=f"Export of {folder.name}",
             ignore_patterns=[f"{WORK}/*"],
-            delete_patterns=list(OWN),
+            delete_patterns=list(own),
         )
     except Exception as error:  # of the client, of http, of the operating system: they have no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
