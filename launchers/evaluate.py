@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained
-from vmd_scale.commandline import HelpFormatter
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained, run_folder_of
+from vmd_scale.commandline import HelpFormatter, check_at_least, refuse_unused
 from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -43,6 +43,7 @@ from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
 from vmd_scale.precision import PRECISIONS, describe_kernels
+from vmd_scale.tokenization import kept_tokenizer
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.start import verify_together
 
@@ -73,7 +74,7 @@ def main() -> None:
         if generates:
             results = generate(args, trained, ranks, say)
         elif args.protocol == "zero_shot":
-            prepared_in = Path(args.shards or trained.checkpoint.parent.parent / "zero_shot")
+            prepared_in = Path(args.shards or run_folder_of(trained.checkpoint) / "zero_shot")
             prepare_zero_shot(sources, trained, prepared_in, world)
             results = []
             for name in sources:
@@ -149,18 +150,13 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.protocol not in NAMES:
         raise UserError(f"--protocol {args.protocol!r} does not exist; allowed: {', '.join(NAMES)}")
-    refuse_what_is_not_asked_for(args, parser)
-    return args
-
-
-def refuse_what_is_not_asked_for(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """An option of another kind of protocol would change nothing, and its user would believe it had."""
     unused: tuple[str, ...] = OF_BOUNDS if args.protocol == "generation" else OF_GENERATION
     unused += ("split",) if args.protocol == "zero_shot" else ("source",)
-    given = [name for name in unused if getattr(args, name) != parser.get_default(name)]
-    if given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--protocol {args.protocol} has no use for {options}")
+    refuse_unused(args, parser, unused, f"--protocol {args.protocol}")
+    check_at_least(args, rows=2, draws=1, count=2, micro_batch=1, seed=0)
+    if args.until_error is not None and not args.until_error > 0:
+        raise UserError(f"--until-error {args.until_error:g}: must be greater than 0")
+    return args
 
 
 def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str, split: str) -> Request:
@@ -185,9 +181,12 @@ def make_request(args: argparse.Namespace, trained: TrainedModel, protocol: str,
 def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Path, world: World | None) -> None:
     """Rank 0 prepares, the others wait; what is wrong is an error on all of them."""
 
+    kept = kept_tokenizer(trained.config.data.tokenizer, run_folder_of(trained.checkpoint))
+    data = trained.config.data.model_copy(update={"tokenizer": kept})
+
     def prepare() -> None:
         for name, source in sources.items():
-            prepare_set(name, source, trained.config.data, folder)
+            prepare_set(name, source, data, folder)
 
     prepare() if world is None else world.on_main(prepare)
 
@@ -213,8 +212,6 @@ def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: R
 
 def generate(args: argparse.Namespace, trained: TrainedModel, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
     """Figures of samples, printed and returned as plain values."""
-    if args.count < 2 or args.micro_batch < 1:
-        raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: at least 2 and 1")
     law = args.paths or trained.config.diffusion.paths
     try:
         plain = Sampler(1, args.latent, law, args.temperature, args.nucleus)

@@ -15,8 +15,8 @@ from pathlib import Path
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.commandline import HelpFormatter
 from vmd_scale.errors import reports_user_errors
-from vmd_scale.export.card import results_of
-from vmd_scale.export.folder import DTYPES, check_request, export
+from vmd_scale.export.card import accuracies_of, results_of
+from vmd_scale.export.folder import DTYPES, check_request, export, exported_files
 from vmd_scale.export.hub import push
 from vmd_scale.files import check_writable, write_json
 
@@ -46,10 +46,11 @@ def main() -> None:
     check_writable(args.json, "--json")
     trained = load_trained(args.checkpoint, args.weights)
     results = results_of(trained, args.evaluation)
-    folder = export(trained, args.output, results, args.encoder, args.dtype, args.max_shard_size)
+    accuracies = accuracies_of(trained)
+    folder = export(trained, args.output, results, args.encoder, args.dtype, args.max_shard_size, accuracies)
     print(f"{trained.checkpoint} ({trained.weights} weights, step {trained.step}) -> {folder}")
     if args.json:
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = {path.name: path.stat().st_size for path in sorted(exported_files(folder))}
         write_json(args.json, {"folder": str(folder), "step": trained.step, "weights": trained.weights, "files": files})
     if args.push:
         print(f"uploaded to {push(folder, args.push, args.public)}")

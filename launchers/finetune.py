@@ -19,11 +19,12 @@ exit codes. With labels, the accuracy on validation and test is printed at the e
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vmd_scale.checkpoints import load_trained
+from vmd_scale.checkpoints import checkpoint_id, load_trained
 from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.shards import ShardReader, shard_cache
@@ -66,7 +67,7 @@ def main() -> None:
         args.corpus,
         parse_source(args.source),
         args.output,
-        tuple(args.train_only.split(",")) if args.train_only else (),
+        parse_names(args.train_only),
         args.lora,
         load_config(args.config) if args.config else None,
         tuple(args.set),
@@ -92,18 +93,30 @@ def parse_source(text: str | None) -> str | dict[str, str] | None:
     return {name: file for name, _, file in parts}
 
 
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """Patterns with commas between them; an empty one would train all there is."""
+    names = () if text is None else tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise UserError(
+            f"--train-only {text!r}: expected names with commas between them, such as denoiser.head.* or latent"
+        )
+    return names
+
+
 def accuracies(run: Path, weights: str) -> str:
     """Of validation and test; a table, and classification.json."""
     from vmd_scale.data.manifest import read_manifest
-    from vmd_scale.evaluation.classification import classify, label_tokens, table
+    from vmd_scale.evaluation.classification import CLASSIFICATION, classify, label_tokens, table
 
     trained = load_trained(run, weights, device="cuda" if torch.cuda.is_available() else "cpu")
     _, labels = label_tokens(trained.config, trained.tokenizer)
     shards = trained.config.data.shards
     splits = [split for split in ("validation", "test") if split in read_manifest(shards).splits]
     readers = {split: ShardReader(shards, split, cache=shard_cache(trained.config.data)) for split in splits}
-    results = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
-    write_json(run / "classification.json", [result.to_dict() for result in results])
+    found = [classify(trained.model, reader, labels, split) for split, reader in readers.items()]
+    checkpoint = checkpoint_id(trained.checkpoint)
+    results = [replace(r, step=trained.step, weights=trained.weights, checkpoint=checkpoint) for r in found]
+    write_json(run / CLASSIFICATION, [result.to_dict() for result in results])
     return table(results)
 
 

@@ -14,7 +14,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from vmd_scale.commandline import HelpFormatter
+from vmd_scale.commandline import HelpFormatter, refuse_unused
 from vmd_scale.config_file import load_config
 from vmd_scale.data.inspection import describe, inspect, plot_lengths
 from vmd_scale.data.manifest import read_manifest
@@ -22,6 +22,8 @@ from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import verify_folder
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import check_writable, write_atomically
+
+OF_ACTION = {"prepare": ("config", "set", "splits", "force", "json"), "inspect": ("plot",), "verify": ()}
 
 
 @reports_user_errors
@@ -38,6 +40,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the resulting manifest there as well")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with inspect: draw the lengths of the documents")
     args = parser.parse_args()
+    unused = {name for names in OF_ACTION.values() for name in names} - {*OF_ACTION[args.action], "config"}
+    refuse_unused(args, parser, sorted(unused), args.action)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_writable(args.json, "--json")
     check_writable(args.plot, "--plot")

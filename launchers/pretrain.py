@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vmd_scale.commandline import HelpFormatter
+from vmd_scale.commandline import HelpFormatter, check_at_least
 from vmd_scale.config import Config
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
@@ -42,6 +42,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     args = parser.parse_args()
 
+    check_at_least(args, ranks=1)
+    if args.ranks is not None and not args.dry_run:
+        raise UserError(f"--ranks {args.ranks}: only with --dry-run; a run has the ranks that its launcher starts")
     config = load_config(args.config, args.set)
     if args.dry_run or args.preview:
         if rank_from_environment() == 0:
@@ -54,8 +57,8 @@ def dry_run(config: Config, ranks: int | None) -> str:
     import torch
 
     from vmd_scale.build import build_architecture
+    from vmd_scale.planning.describe import describe_run
     from vmd_scale.planning.hardware import peak_flops
-    from vmd_scale.planning.plan import describe_run
     from vmd_scale.training.engine import resolve_precision
     from vmd_scale.training.start import check_before_start
 

@@ -22,7 +22,6 @@ from vmd_scale.commandline import HelpFormatter
 from vmd_scale.config_file import load_config
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.files import write_json
 from vmd_scale.training.launch import free_port
 
 LAUNCHERS = Path(__file__).resolve().parent
@@ -56,7 +55,6 @@ def main() -> None:
     if is_older(evaluation, trained):
         bound = ("evaluate.py", "--checkpoint", RUN)
         python(*bound, "--steps", "1,4", "--k", "1,4,16", "--rows", "192", "--json", by_k)
-        write_json(RUN / "facts.json", {"unigram_bits_per_token": unigram})
         python(*bound, "--steps", "1,4,16,64,inf", "--draws", "2", "--json", evaluation)
 
     say("samples")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vmd_scale.checkpoints import TrainedModel, load_trained
-from vmd_scale.commandline import HelpFormatter
+from vmd_scale.commandline import HelpFormatter, check_at_least
 from vmd_scale.config_file import parse_step_list
 from vmd_scale.data.corpora import normalizer_name
 from vmd_scale.data.normalize import NORMALIZERS
@@ -75,8 +75,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the samples there as well")
     args = parser.parse_args()
 
-    if args.count < 1 or args.micro_batch < 1:
-        raise UserError(f"--count {args.count}, --micro-batch {args.micro_batch}: both must be at least 1")
+    check_at_least(args, count=1, micro_batch=1, seed=0)
     check_writable(args.json, "--json")
     steps = parse_step_list(args.steps, "--steps")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,13 +112,21 @@ def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
     if not text:
         return torch.zeros(0, dtype=torch.int64)
     data, mask_id = trained.config.data, trained.model.architecture.mask_id
-    normalize, ids = NORMALIZERS[normalizer_name(data)], []
+    name, ids = normalizer_name(data), []
+    pieces = [NORMALIZERS[name](given) if given else "" for given in text.split(HOLE)]
+    left = HOLE.join(pieces)
+    if text.strip() and not left.strip():
+        raise UserError(
+            f"--prompt {text!r}: data.normalizer {name!r}, the clean-up of the training texts, leaves nothing"
+        )
+    if "".join(left.split()) != "".join(text.split()):
+        print(f"note: data.normalizer {name!r}, the clean-up of the training texts, leaves of the prompt: {left!r}\n")
     if data.row_specials:
         assert trained.tokenizer.begin_id is not None
         ids.append(trained.tokenizer.begin_id)
-    for n, given in enumerate(text.split(HOLE)):
+    for n, given in enumerate(pieces):
         ids += [mask_id] * (n > 0)
-        ids += trained.tokenizer.encode(normalize(given)).tolist() if given else []
+        ids += trained.tokenizer.encode(given).tolist() if given else []
     room = data.row_length - (HOLE not in text)
     if len(ids) > room:
         raise UserError(f"--prompt: {len(ids)} tokens; of the {data.row_length} of a row it may have {room}")

@@ -29,7 +29,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 from vmd_scale.model import VMD
 from vmd_scale.precision import DTYPES, precision_on
-from vmd_scale.tokenization import Tokenizer, load_tokenizer
+from vmd_scale.tokenization import Tokenizer, kept_tokenizer, load_tokenizer
 
 LATEST, BEST, MANIFEST, RUN_STATE = "latest", "best", "manifest.json", "run_state.json"
 
@@ -52,6 +52,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    return checkpoint.absolute().parents[1]
 
 
 def checkpoint_id(checkpoint: Path) -> str:
@@ -77,11 +81,12 @@ def altered(path: Path, wanted: dict[str, Any]) -> str | None:
     return f"{path.name} was altered: its sha256 differs" if sha256_of(path) != wanted["sha256"] else None
 
 
-def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Path, kind: str, shapes_only: bool = False) -> dict[str, torch.Tensor]:
     """Whole fp32 weights of a checkpoint by parameter name, put together from all ranks' fragments.
 
     Args:
         kind: ema | raw.
+        shapes_only: on the meta device; values and checksums are not read.
 
     Raises:
         UserError: a file is missing or damaged, or there is no EMA.
@@ -93,7 +98,7 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
     missing: dict[str, int] = {}
     found: set[str] = set()
     for name in names:
-        problem = damage(checkpoint / name, wanted[name])
+        problem = (missing_or_torn if shapes_only else damage)(checkpoint / name, wanted[name])
         if problem is not None:
             raise UserError(f"{checkpoint}: {problem}")
         with safe_open(checkpoint / name, framework="pt") as file:
@@ -103,12 +108,13 @@ def load_weights(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
                 if its_kind not in (prefix, "frozen"):
                     continue
                 found.add(its_kind)
-                values = file.get_tensor(key)
                 if parameter not in weights:
-                    weights[parameter] = torch.empty(shapes[parameter])
+                    weights[parameter] = torch.empty(shapes[parameter], device="meta" if shapes_only else "cpu")
                     missing[parameter] = weights[parameter].numel()
-                weights[parameter].view(-1)[int(start) : int(start) + len(values)] = values
-                missing[parameter] -= len(values)
+                (count,) = file.get_slice(key).get_shape()
+                if not shapes_only:
+                    weights[parameter].view(-1)[int(start) : int(start) + count] = file.get_tensor(key)
+                missing[parameter] -= count
     if prefix not in found:
         raise UserError(f"{checkpoint} holds no {kind} weights" + (" (training.ema_decay 0)" if kind == "ema" else ""))
     incomplete = [parameter for parameter, count in missing.items() if count]
@@ -170,10 +176,11 @@ def load_trained(
         raise UserError(f"{checkpoint}: {problem}")
     state = json.loads((checkpoint / RUN_STATE).read_text())
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    place = kept_tokenizer(config.data.tokenizer, run_folder_of(checkpoint))
+    tokenizer = load_tokenizer(place)
     if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
         raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
+            f"data.tokenizer {place!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
             f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
         )
     architecture = build_architecture(config, tokenizer.vocab_size)

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, run_folder_of
 from vmd_scale.config import Config
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.files import read_json
 from vmd_scale.initial_weights import WITHOUT_ENCODER
-from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.engine import fitting_micro_batch
+from vmd_scale.planning.workload import fitting_micro_batch
+from vmd_scale.tokenization import kept_tokenizer, load_tokenizer
 
 LABELS = "labels"
 WITH_PROMPTS = ("prompts", LABELS)
@@ -62,18 +62,18 @@ def finetuning_config(
         UserError: weights without a configuration and no `base`; whatever is wrong with the overrides; a latent whose
             encoder was not exported; labels for a network that draws block by block.
     """
-    values, tokenizer = (base.model_dump(mode="json"), None) if base else _of_weights(weights)
+    values, tokenizer = (base.model_dump(mode="json"), base.data.tokenizer) if base else _of_weights(weights)
     has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
-    if corpus == LABELS and not values["latent"]["width"]:
+    if corpus == LABELS:
         values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
     old = values["data"]
     of_text8 = old["tokenizer"] in TEXT8 and corpus in (*WITH_PROMPTS, "text")
     values["data"] = {
         "corpus": corpus,
         "source": source,
-        "tokenizer": tokenizer or old["tokenizer"],
+        "tokenizer": tokenizer,
         **{key: old[key] for key in KEPT_DATA},
         "packing": "pad" if corpus in WITH_PROMPTS else old["packing"],
         "row_specials": False if corpus in WITH_PROMPTS else old["row_specials"],
@@ -92,7 +92,8 @@ def finetuning_config(
         "lora": None if lora_rank is None else {"rank": lora_rank},
     }
     values["model"]["attention"] = "auto"
-    values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512}
+    samples = values["evaluation"]["samples"]
+    values["evaluation"] = {"every": 250, "steps": [1, "inf"], "rows": 512, "samples": samples}
     values["telemetry"]["log_every"] = 10
     values["deepspeed"] = {key: value for key, value in values["deepspeed"].items() if key not in DERIVED}
     origin = f"fine-tuning {weights}"
@@ -110,11 +111,13 @@ def finetuning_config(
     return config
 
 
-def _of_weights(weights: str) -> tuple[dict[str, Any], str | None]:
-    """The configuration that weights come with, and the folder of their tokenizer where that is with them too."""
+def _of_weights(weights: str) -> tuple[dict[str, Any], str]:
+    """The configuration that weights come with, and where their tokenizer is: with them too, as a rule."""
     path = Path(weights)
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
-        return _parsed(read_json(find_checkpoint(path, "--from") / RUN_STATE, dict[str, Any])["config"], weights), None
+        checkpoint = find_checkpoint(path, "--from")
+        values = _parsed(read_json(checkpoint / RUN_STATE, dict[str, Any])["config"], weights)
+        return values, kept_tokenizer(values["data"]["tokenizer"], run_folder_of(checkpoint))
     if (path / "config.json").is_file():
         exported = read_json(path / "config.json", dict[str, Any]).get("vmd_scale")
         if isinstance(exported, dict) and "config" in exported:

@@ -4,6 +4,7 @@ Most cases call a launcher's `main` in this process, because importing torch tak
 real.
 """
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -13,6 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
+
+from vmd_scale.build import build_model
+from vmd_scale.config_file import load_config
+from vmd_scale.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launchers():
     """The launchers' `main` by name; they are scripts, not a package."""
     mains = {}
-    for name in ("pretrain", "prepare_data", "evaluate", "sample", "export", "finetune", "report"):
+    programs = ("pretrain", "prepare_data", "evaluate", "sample", "export", "finetune", "report")
+    for name in (*programs, "compare", "reproduce", "quickstart"):
         spec = importlib.util.spec_from_file_location(f"launcher_{name}", ROOT / "launchers" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -302,9 +309,16 @@ def test_evaluation_sampling_and_export(refused, desk):
     for launcher in ("evaluate", "sample"):
         line = refused(launcher, "--checkpoint", empty, "--steps", "0")
         assert "--steps '0': expected positive whole numbers or 'inf', such as 1,4,inf" in line
-    assert "--count 0, --micro-batch 16: both must be at least 1" in refused(
-        "sample", "--checkpoint", empty, "--count", 0
-    )
+    for launcher, option, value, wanted in (
+        ("sample", "--count", 0, "must be at least 1"),
+        ("sample", "--seed", -1, "must be at least 0"),
+        ("evaluate", "--seed", -1, "must be at least 0"),
+        ("evaluate", "--rows", -3, "must be at least 2"),
+        ("evaluate", "--draws", 0, "must be at least 1"),
+        ("evaluate", "--until-error", -1, "must be greater than 0"),
+    ):
+        line = refused(launcher, "--checkpoint", empty, option, value)
+        assert f"{option} {value}: {wanted}" in line
 
 
 @pytest.mark.parametrize(
@@ -346,6 +360,83 @@ def test_fine_tuning(refused, desk):
     news.write_text("".join(json.dumps({"prompt": "a", "label": label}) + "\n" for label in ("+1", "-1") * 20))
     line = refused("finetune", *fine_tuned(desk, corpus="labels", source=str(news)))
     assert "labels '+1' and '-1' are the same tokens by data.tokenizer 'text8' and data.normalizer 'text8'" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.layers=3"], "training.init_from weights.safetensors: has no denoiser.blocks.2."),
+        (
+            ["model.width=48", "model.heads=3"],
+            "denoiser.blocks.0.attention.out.weight is [32, 32], this model's is [48, 48]",
+        ),
+        (["data.row_length=64"], "position.weight is [32, 32], this model's is [64, 32]; a row may become shorter"),
+        (['training.trainable=["denoiser.haed.*"]'], "training.trainable: no parameter matches 'denoiser.haed.*'"),
+        (['training.trainable=["latent"]', "latent.width=0"], "'latent' needs a latent, but latent.width is 0"),
+        (['training.lora={"rank": 2, "layers": ["qkv"]}'], "training.lora.layers: no parameter matches 'qkv'"),
+        (["training.init_from=nothing.pt"], "training.init_from: no such file or folder: nothing.pt"),
+        (["training.init_from=text.pt"], "text.pt: not readable as weights alone"),
+        (["training.init_from=half.safetensors"], "half.safetensors: not readable as weights alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_first_weights_are_looked_at_before_the_corpus_is_prepared(refused, desk, settings, message):
+    """Which may take hours, and would leave shards in a folder that was named by mistake."""
+    config = load_config(desk.config)
+    weights = {name: value.contiguous() for name, value in build_model(config, 27).state_dict().items()}
+    save_file(weights, "weights.safetensors")
+    (desk.folder / "half.safetensors").write_bytes((desk.folder / "weights.safetensors").read_bytes()[:5000])
+    (desk.folder / "text.pt").write_text("no weights")
+    wanted = ["training.init_from=weights.safetensors", "data.shards=run/shards", *settings]
+    line = refused("pretrain", *pretrain(desk, *wanted), "--output", "run")
+    assert message in line
+
+
+def test_the_folder_of_another_run_is_left_alone(refused, desk):
+    """It would refuse to go on; but only after the corpus was prepared in it."""
+    checkpoint = desk.folder / "other" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    tokenizer = load_tokenizer("text8")
+    state = {"tokenizer_fingerprint": tokenizer.fingerprint, "config": load_config(desk.config).model_dump(mode="json")}
+    content = json.dumps(state).encode()
+    (checkpoint / "run_state.json").write_bytes(content)
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 4, "files": {"run_state.json": digest}}))
+    wanted = pretrain(desk, "training.global_batch=16", "data.shards=other/shards")
+    line = refused("pretrain", *wanted, "--output", "other")
+    assert "training.global_batch is 16, but other/checkpoints/step-00000004 was trained with 8" in line
+
+
+def test_names_that_are_none_do_not_train_everything(refused, desk):
+    for names in ("", "latent,", " "):
+        line = refused("finetune", *fine_tuned(desk, "--train-only", names))
+        assert f"--train-only {names!r}: expected names with commas between them" in line
+
+
+def test_what_would_be_ignored_is_refused(refused, desk):
+    for options, message in (
+        (("--ranks", 0, "--dry-run"), "--ranks 0: must be at least 1"),
+        (("--ranks", 4), "--ranks 4: only with --dry-run"),
+    ):
+        assert message in refused("pretrain", *pretrain(desk), *options)
+    for options, message in (
+        ([*pretrain(desk), "--plot", "x.png"], "prepare has no use for --plot"),
+        (["inspect", desk.shards, "--force", "--json", "x"], "inspect has no use for --force, --json"),
+        (["verify", desk.shards, "--plot", "x.png"], "verify has no use for --plot"),
+    ):
+        assert message in refused("prepare_data", *options)
+
+
+def test_comparison_reproduction_and_quickstart(refused, desk):
+    assert "nowhere.json: not a readable JSON file" in refused("compare", "nowhere.json")
+    (desk.folder / "none.json").write_text("[]")
+    assert "none.json: no results" in refused("compare", "none.json")
+    (desk.folder / "wrong.json").write_text('[{"protocol": "rows"}]')
+    assert "wrong.json: 0.split: field required" in refused("compare", "wrong.json")
+    assert "--seeds 0: must be at least 1" in refused("reproduce", "two_tokens", "--seeds", 0)
+    line = refused("reproduce", "two_tokens", "--set", "training.stepz=3")
+    assert "unknown key 'training.stepz'; did you mean" in line
+    assert "unknown key 'training.stepz'" in refused("quickstart", "--set", "training.stepz=3")
 
 
 def test_report(refused, desk):

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
@@ -94,7 +96,11 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 model, x = AutoModel.from_pretrained(folder, trust_remote_code=True).eval(), torch.load(inputs)
 with torch.no_grad():
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    prompt = tokenizer("one [MASK]wo", return_tensors="pt")
+    assert prompt["input_ids"][0, 4] == model.config.mask_token_id
     result = {
+        "continued": model.generate(**prompt, steps=4),
         "logits": model(x["noisy"], latents=x["z"]).logits,
         "bounds": torch.stack([model.bound(x["clean"], **options) for options in x["bounds"]]),
         "drawn": model.generate(count=3, steps=4, seed=5),
@@ -106,7 +112,8 @@ labels[:, :16] = -100
 loss = model(x["clean"], labels=labels).loss
 loss.backward()
 result["loss"] = loss.detach()
-result["text"] = AutoTokenizer.from_pretrained(folder).decode(x["clean"][0])
+result["text"] = tokenizer.decode(x["clean"][0])
+result["continued text"] = tokenizer.decode(result["continued"][0])
 model.save_pretrained(folder + "-saved")
 again = AutoModel.from_pretrained(folder + "-saved", trust_remote_code=True)
 assert torch.equal(again.generate(count=3, steps=4, seed=5), result["drawn"])
@@ -222,6 +229,7 @@ def test_automodel_gives_the_same_logits_bounds_and_samples(exported):
     assert torch.equal(found["drawn"], exported["drawn"])
     assert 0 < found["loss"] < 10
     assert found["text"] == exported["trained"].tokenizer.decode(exported["clean"][0])
+    assert re.fullmatch("one [a-z ]wo[a-z ]{25}", found["continued text"])
 
 
 def test_it_trains_in_a_plain_pytorch_loop(exported):
@@ -259,6 +267,20 @@ def test_the_model_card_shows_what_was_measured_of_these_weights_and_nothing_els
     assert of_raw.code == 2
     assert "results of step 4, ema weights" in of_raw.errors[0]
     assert (folder / "out" / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("exported", ["vmd"], indirect=True)
+def test_what_the_model_card_shows_runs(exported, lab):
+    pytest.importorskip("transformers", reason="AutoModel is transformers' (pip install '.[transformers]')")
+    folder = exported["folder"] / "out"
+    blocks = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    assert "the first [MASK] of the" in blocks[0]
+    for block in blocks:
+        environment = {"HF_HOME": str(exported["folder"] / "hf"), "HF_HUB_OFFLINE": "1"}
+        code = block.replace("THIS FOLDER", str(folder))
+        done = lab.command([sys.executable, "-c", code], cwd=folder, **environment)
+        assert done.code == 0, done.text
 
 
 @pytest.mark.parametrize("exported", ["vmd"], indirect=True)
@@ -329,12 +351,23 @@ def test_push_uploads_the_folder_privately_and_a_failure_is_one_sentence(tmp_pat
             calls.append((name, private))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns, delete_patterns):
             calls.append((repo_id, folder_path))
+            there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "spiece.model"]
+            there += ["NOTES.md", "adapter_model.safetensors", "onnx/model.safetensors", ".gitattributes"]
+            deleted.extend(filter_repo_objects(there, allow_patterns=delete_patterns))
+            assert not list(filter_repo_objects([".export/new/config.json"], ignore_patterns=ignore_patterns))
 
+    deleted = []
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(tmp_path, "me/model") == "https://hub/me/model"
     assert calls == [("me/model", True), ("me/model", tmp_path)]
+    assert deleted == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "spiece.model",
+    ]
 
     def unreachable(self, *arguments, **options):
         raise OSError("no route to host\nand more")

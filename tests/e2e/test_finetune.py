@@ -48,6 +48,14 @@ def test_labels_are_learned_and_their_accuracy_is_reported(lab, pretrained):
     assert results[1]["accuracy"] > 0.9
     assert results[1]["label_nll"] < 0.4
     assert f"{results[1]['accuracy']:.4f}" in finished.text
+    exported = lab.launch("export", "--checkpoint", run, "--output", pretrained / "exported labels")
+    assert exported.code == 0, exported.text
+    card = (pretrained / "exported labels" / "README.md").read_text()
+    assert f"| test | 60 | 2 | {results[1]['accuracy']:.4f} |" in card
+    assert "Training started from the weights of `plain`." in card
+    of_raw = lab.launch("export", "--checkpoint", run, "--output", pretrained / "raw labels", "--weights", "raw")
+    assert of_raw.code == 0, of_raw.text
+    assert "Nothing was evaluated" in (pretrained / "raw labels" / "README.md").read_text()
 
 
 def test_labels_without_an_average_are_scored_by_the_weights_themselves(lab, pretrained):

@@ -1,8 +1,10 @@
 """Where a run's first weights come from, what is frozen, and that adapters merge."""
 
+import io
 import json
 import math
 import pickle
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from vmd_scale.adapters import add_adapters, freeze, merged
 from vmd_scale.config import LoRAConfig
 from vmd_scale.errors import UserError
-from vmd_scale.initial_weights import initialize_from
+from vmd_scale.initial_weights import fit, initialize_from
 from vmd_scale.model import VMD, Architecture
 
 PLAIN = Architecture(
@@ -308,6 +310,66 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "weights.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"half\.safetensors: not readable"):
         initialize_from(model_of(), str(tmp_path / "half.safetensors"))
+
+
+SOURCES = {
+    "safetensors": lambda folder, model: saved(folder, model),
+    "pt": lambda folder, model: torch.save(model.state_dict(), folder / "w.pt") or str(folder / "w.pt"),
+    "folder": lambda folder, model: str(in_files(folder / "f", model, ".safetensors").parent),
+    "bin": lambda folder, model: str(in_files(folder / "f", model, ".bin").parent),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_names_and_shapes_are_compared_without_reading_a_value(tmp_path, kind, monkeypatch):
+    """On the meta device, before a corpus is prepared: the same is found as when the weights are read."""
+    source = SOURCES[kind](tmp_path, model_of(latent_width=3))
+    monkeypatch.setattr("vmd_scale.weight_sources.load_file", None)
+    with torch.device("meta"):
+        same, deeper, longer = model_of(latent_width=3), model_of(latent_width=3, layers=3), model_of(row_length=9)
+    found = fit(same, source)
+    assert all(value.is_meta for value in found.filled.values())
+    assert set(found.filled) == set(same.state_dict())
+    with pytest.raises(UserError, match=r"^training\.init_from .*: has no denoiser\.blocks\.2\."):
+        fit(deeper, source)
+    with pytest.raises(UserError, match="a row may become shorter, not longer"):
+        fit(longer, source)
+
+
+def test_mdlm_weights_are_compared_without_reading_a_value(published, tmp_path):
+    path = saved(tmp_path, published)
+    with torch.device("meta"):
+        fits, deeper = (model_of(biases=True, time_conditioning=True, layers=n) for n in (2, 3))
+    assert all(value.is_meta for value in fit(fits, path).filled.values())
+    with pytest.raises(UserError, match=r"of 2 layers, but model\.layers is 3"):
+        fit(deeper, path)
+
+
+def written(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (written({"settings": Namespace(), "state_dict": {}}), "it holds argparse.Namespace, which is no tensor"),
+        (pickle.dumps(print), "damaged, or not written by torch.save"),
+        (b"\x80\x02abc", "damaged, or not written by torch.save"),
+        (b"no weights at all", "damaged, or not written by torch.save"),
+        (b"", "damaged, or not written by torch.save"),
+        (b"PK\x03\x04" + bytes(200), "damaged, or not written by torch.save"),
+    ],
+    ids=["settings", "code", "no pickle", "text", "empty", "half a file"],
+)
+def test_what_cannot_be_read_is_told_in_our_words(tmp_path, content, reason):
+    """PyTorch's would advise to run the code that a file holds, and colour their text by escape codes."""
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(UserError) as refusal:
+        initialize_from(model_of(), str(tmp_path / "w.pt"))
+    wanted = f"{tmp_path / 'w.pt'}: not readable as weights alone ({reason}); save its state dict as .safetensors"
+    assert str(refusal.value) == f"training.init_from {wanted}"
 
 
 def test_another_tokenizer_is_refused(tmp_path):

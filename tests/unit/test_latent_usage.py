@@ -65,6 +65,25 @@ def test_kl_at_every_mask_ratio_and_the_units_that_vary_over_the_rows(reader):
         assert sum(histogram["counts"]) == 100
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_an_encoder_that_diverged_does_not_end_the_run(reader, broken):
+    """A histogram has no place for what is not finite: it is counted beside it, and the mean says so too."""
+
+    class Diverged(KnownEncoder):
+        def encode(self, tokens, masked, attend):
+            q = super().encode(tokens, masked, attend)
+            return Posterior(q.mean.where(q.mean[..., :1] > 0, broken), q.log_std)
+
+    usage = latent_usage(Diverged(), reader, 7, "vmd", rows=100)
+    for ratio, histogram in usage.kl_histograms.items():
+        assert 0 < usage.kl_not_finite[ratio] < 100
+        assert sum(histogram["counts"]) + usage.kl_not_finite[ratio] == 100
+        assert not np.isfinite(usage.kl_by_mask_ratio[ratio])
+    nothing = latent_usage(KnownEncoder(prior=0.0), reader, 7, "nelbo", rows=100)  # 0 / 0 everywhere
+    assert nothing.kl_not_finite == {"1.0": 100}
+    assert sum(nothing.kl_histograms["1.0"]["counts"]) == 0
+
+
 @pytest.mark.parametrize(("groups", "prior"), [(1, 0.5), (1, 20.0), (2, None), (2, 0.5)])
 def test_units_are_measured_in_those_of_their_prior_and_in_each_group_by_itself(reader, groups, prior):
     """What the prior says of a row is no use of the latent, nor is a mean that tells only which group it is."""

@@ -19,8 +19,10 @@ from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.model import VMD, head
 from vmd_scale.model.attention import block_diffusion_mask
 from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
+from vmd_scale.planning import hardware
 from vmd_scale.planning.activations import activations_of_row, count_parameters, without_memory
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
+from vmd_scale.planning.describe import describe
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPUS, peak_flops
 from vmd_scale.planning.memory import logits_bytes, memory_of
@@ -317,11 +319,21 @@ def test_collectives_cost_what_their_bytes_and_steps_cost():
     inside = 2 * 7 / 8 * 1e9 / (0.8 * gpu.inside)
     assert all_reduce(1e9, 8, gpu) == pytest.approx(inside, rel=0.02)
     assert all_reduce(1e9, 8, gpu) == pytest.approx(2 * all_gather(1e9, 8, gpu))
+    # On many nodes the slower of the two nets decides, an eighth of the bytes through each port: 2 x 1/8 of them.
+    assert all_reduce(1e10, 512, gpu) == pytest.approx(2 * 1e10 / 8 / (0.8 * gpu.between), rel=0.02)
     assert all_reduce(1e9, 16, gpu) > all_reduce(1e9, 8, gpu)
     # Large messages: bandwidth alone. Small ones over many nodes: latency, which a tree keeps to its logarithm.
     assert all_reduce(1e10, 1024, gpu) < 1.3 * all_reduce(1e10, 64, gpu)
     assert all_reduce(1e3, 4096, gpu) < 4 * all_reduce(1e3, 64, gpu)
     assert all_gather(1e3, 4096, gpu) > 20 * all_gather(1e3, 64, gpu)
+
+
+def test_stage_2_sums_the_gradients_of_every_micro_batch_on_all_ranks():
+    """As DeepSpeed does it: no less than stage 1 with one micro-batch, and that many times more with several."""
+    gpu = GPUS["h100"]
+    one, four = (seconds_per_step(2, 1e9, 2e9, micro_batches, 12, 64, gpu)[0] for micro_batches in (1, 4))
+    assert one == seconds_per_step(1, 1e9, 2e9, 4, 12, 64, gpu)[0] == all_reduce(2e9, 64, gpu)
+    assert four == 4 * one
 
 
 def plan_of(**changes):
@@ -359,9 +371,34 @@ def test_a_plan_adds_up():
     assert large(1).tokens_per_second < large(8).tokens_per_second < 8 * large(1).tokens_per_second
     assert full(1).tokens_per_second == pytest.approx(0.75 * large(1).tokens_per_second)
     assert all(a.efficiency >= b.efficiency for a, b in itertools.pairwise(plan.curve()))
+    assert one.mfu == pytest.approx(0.4)
+    assert eight.mfu == pytest.approx(0.4 * eight.efficiency)
     found = json.loads(json.dumps(plan.to_dict(8)))
     assert found["zero_stages"]["1"]["total"] == sum(found["zero_stages"]["1"]["memory"].values())
     assert found["parameters"]["denoiser"] + found["parameters"]["encoder"] == plan.parameters
+
+
+def test_a_plan_divides_the_batch_as_a_run_would():
+    """64 rows in micro-batches of 4: with more ranks they become smaller, then the batch grows to a row each."""
+    plan = plan_of()
+    shares = {gpus: (speed.rows_in_step, speed.micro_batch) for gpus in (1, 8, 16, 32, 24, 128)
+              for speed in [plan.speed(gpus)]}  # fmt: skip
+    assert shares == {1: (64, 4), 8: (64, 4), 16: (64, 4), 32: (64, 2), 24: (72, 3), 128: (128, 1)}
+
+
+def test_what_does_not_fit_is_marked():
+    values = {"layers": 48, "width": 4096, "heads": 32}
+    config = config_of(model={"attention": "auto", **values}, training={"global_batch": 64, "micro_batch": 1})
+    plan = Plan(config, build_architecture(config, VOCABULARY), GPUS["h100"], "bf16")
+    assert not plan.speed(1).fits
+    assert plan.speed(64, stage=3).fits
+    text = describe(plan, 64)
+    stages = {line[0]: line for line in text.splitlines() if line[:1].isdigit()}
+    assert "too large" in stages["0"]
+    assert "not with bf16" in stages["0"]
+    assert "too large" not in stages["3"]
+    alone = next(line for line in text.splitlines() if line.startswith(f"{1:>6}"))
+    assert alone.endswith("too large")
 
 
 def test_a_plan_counts_every_parameter_once():
@@ -393,10 +430,13 @@ def test_the_learning_rate_is_a_pure_function_of_the_step(schedule, last):
         ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA L40", 181e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", 1.0),  # not known: measured
     ],
 )
 def test_a_card_has_its_own_peak_not_that_of_a_shorter_name(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(hardware, "measured_flops", lambda device: 1.0)
     assert peak_flops(torch.device("cuda")) == peak
 
 

@@ -26,7 +26,7 @@ from vmd_scale.finetuning import finetuning_config
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import load_tokenizer
 
-NEWS = [("aa", " x"), ("bb c", " yy"), ("d" * 20, " x"), ("", " yy")] * 10
+NEWS = [("aa", " x"), ("bb c", " yy"), ("defghijklmnopq", " x"), ("", " yy")] * 10
 
 
 def config_of(tmp_path, corpus, records, **data):
@@ -63,7 +63,7 @@ def test_a_label_is_filled_up_to_the_longest(tmp_path):
     config = config_of(tmp_path, "labels", [{"prompt": p, "label": lab} for p, lab in NEWS])
     prepare(config.data, progress=False)
     assert choices_of(config.data) == (" x", " yy")
-    assert [shown(config, n) for n in range(4)] == ["[aa] x ", "[bb c] yy", "[ddddddddd] x ", "[] yy"]
+    assert [shown(config, n) for n in range(4)] == ["[aa] x ", "[bb c] yy", "[defghijkl] x ", "[] yy"]  # too long: it loses its end
     names, tokens = label_tokens(config, load_tokenizer("text8"))
     assert [load_tokenizer("text8").decode(row) for row in tokens] == [" x ", " yy"]
     assert names == (" x", " yy")

@@ -51,7 +51,7 @@ def test_the_ladder_has_the_sizes_of_its_names(name):
     )
     assert ours == pytest.approx(wanted, rel=0.06)
     assert accumulation_steps(config, ranks) >= 1
-    stages = {"110m": 1, "350m": 1, "1b": 2, "3b": 2, "8b": 3}
+    stages = {"110m": 1, "350m": 1, "1b": 1, "3b": 1, "8b": 3}
     assert config.zero_stage == stages[name]
 
 

@@ -16,11 +16,13 @@ from example_results import example_result
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.classification import Accuracy
 from vmd_scale.evaluation.generation import GenerationResult
+from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import results_of
 from vmd_scale.report import plot_bound_against_steps, read_run, write_report
-from vmd_scale.report.figures import bound_panel, draw_png
+from vmd_scale.report.figures import _latent_panels, bound_panel, draw_png
 from vmd_scale.report.run import distinctly_named
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.status import SILENCE, has_died, read_status
@@ -129,6 +131,39 @@ def test_not_a_run(tmp_path, name):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path / name)
     assert not (tmp_path / name / "report.html").exists()
+
+
+def test_an_exported_model_is_not_a_run(tmp_path):
+    """It has a config.json too, of which a run knows no key."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vmd", "vmd_scale": {"config": {}}}))
+    with pytest.raises(UserError, match="an exported model, not a run") as refusal:
+        write_report(tmp_path)
+    assert len(str(refusal.value)) < 300
+
+
+def test_the_accuracy_on_labels_is_shown(run):
+    page = Page(write_report(run))
+    assert "Labels" not in page.text
+    found = [Accuracy(split, 1234, 4, 0.875, 0.0125, 0.4321, 16) for split in ("validation", "test")]
+    (run / "classification.json").write_text(json.dumps([accuracy.to_dict() for accuracy in found]))
+    page = Page(write_report(run))
+    for shown in ("Labels", "validation", "test", "1,234", "0.8750", "0.0125", "0.4321"):
+        assert shown in page.text, shown
+
+
+@pytest.mark.parametrize(("active", "top"), [(0, 1.05), (8, 8.4)])
+def test_active_units_are_whole_numbers(active, top):
+    """Also where the latent has collapsed: an axis of hundredths would look like use."""
+    limits = []
+    usage = [LatentUsage(step, 9, {"1.0": 0.0}, active, 16) for step in (10, 20)]
+
+    def draw(figure):
+        _latent_panels(figure, usage)
+        limits.extend(figure.axes[1].get_ylim())
+        assert all(float(tick).is_integer() for tick in figure.axes[1].get_yticks())
+
+    draw_png(draw)
+    assert limits == pytest.approx([0, top])
 
 
 def test_a_damaged_evaluation_is_named(run):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmd_scale.config_file import load_config
-from vmd_scale.training.telemetry import LOG, Telemetry, start_logging
+from vmd_scale.training.telemetry import LOG, Telemetry, share, start_logging
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.json"
 
@@ -52,6 +52,14 @@ def test_every_logged_step_is_a_line_and_only_a_terminal_has_a_bar(tmp_path, mon
     assert ("\r" in screen.getvalue()) == is_terminal
     assert ("% step " in screen.getvalue()) == is_terminal
     assert all(line in screen.getvalue() for line in said)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0004, "0.0%"), (0.004, "0.4%"), (0.0994, "9.9%"), (0.0996, "10%"), (0.254, "25%")]
+)
+def test_a_small_share_is_not_nothing(value, shown):
+    """A small model on a CPU, or the first step of a large one."""
+    assert share(value) == shown
 
 
 def test_the_time_left_is_that_of_the_steps_of_this_start(tmp_path, monkeypatch):

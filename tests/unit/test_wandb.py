@@ -1,13 +1,17 @@
 """A run never depends on wandb: missing, offline, or failing at any call."""
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from vmd_scale.config_file import load_config
 from vmd_scale.training.telemetry import Telemetry
-from vmd_scale.training.wandb_log import _patience
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RECORD = {"step": 1, "loss": 2.0, "kl": 0.0, "tokens_per_second": 1.0, "mfu": 0.1, "grad_norm": None}
 LATENT = {
@@ -69,14 +73,14 @@ class Stub:
 
 @pytest.fixture
 def config(tmp_path):
-    quickstart = __import__("pathlib").Path(__file__).resolve().parents[2] / "configs" / "quickstart.json"
-    return load_config(quickstart, ["telemetry.wandb=online"])
+    return load_config(ROOT / "configs" / "quickstart.json", ["telemetry.wandb=online"])
 
 
 def use(telemetry):
     telemetry.log(RECORD)
     telemetry.latent(LATENT)
     telemetry.samples({"step": 1, "steps": 4, "texts": ["a", "b"]})
+    telemetry.event("rolled back", 1, rolled_back_from=3)
     telemetry.close()
 
 
@@ -101,11 +105,6 @@ def test_one_run_is_one_curve_across_resumes(tmp_path, config, monkeypatch):
     assert stub.started[-1]["id"] != first["id"]
 
 
-def test_an_older_wandb_is_asked_only_for_what_it_knows():
-    older = SimpleNamespace(model_fields={"init_timeout": None})
-    assert set(_patience(older)) == set(older.model_fields)
-
-
 def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypatch):
     stub = Stub()
     monkeypatch.setitem(sys.modules, "wandb", stub)
@@ -114,20 +113,37 @@ def test_config_code_samples_and_histograms_are_sent(tmp_path, config, monkeypat
     assert sent["model"]["width"] == config.model.width
     assert sent["code"]["torch"].startswith("2.")
     assert sent["data"]["shards"] != config.data.shards
-    metrics, latent, samples = stub.logged
+    metrics, latent, samples, event = stub.logged
     assert (metrics["loss"], "grad_norm" in metrics) == (2.0, False)
     assert latent["latent/kl histogram, mask ratio 1.0"].pair[1].tolist() == [0.0, 0.5, 1.0]
+    assert event == {"step": 1, "event/rolled back": 1}
     assert samples["samples"].data == [[1, "4", "a"], [1, "4", "b"]]
     assert all(values["step"] == 1 for values in stub.logged)
     assert stub.finished == 0
 
 
+def test_the_keys_are_those_that_are_documented(tmp_path, config, monkeypatch):
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    telemetry = Telemetry(tmp_path, config, True, 0)
+    telemetry.evaluation({"step": 1, "protocol": "rows", "steps": "inf", "bits_per_token": 2.0})
+    use(telemetry)
+    section = (ROOT / "docs" / "metrics.md").read_text().split("## wandb\n")[1]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    patterns = [re.sub("PROTOCOL|STEPS|NAME|R(?=$)", ".+", re.escape(name)) for name in names]
+    sent = {key for values in stub.logged for key in values} - {*RECORD}
+    for key in sent:
+        assert [pattern for pattern in patterns if re.fullmatch(pattern, key)], key
+    assert len(sent) == len(names)
+
+
 @pytest.mark.parametrize(
     ("options", "modes", "calls"),
     [
-        ({"modes": ("offline",)}, ["online", "offline"], 8),
+        ({"modes": ("offline",)}, ["online", "offline"], 9),
         ({"modes": ()}, ["online", "offline"], 0),
-        ({"logged_in": False}, ["offline"], 8),
+        ({"logged_in": False}, ["offline"], 9),
         ({"broken": ("log", "finish")}, ["online"], 3),
     ],
     ids=["no network", "nothing works", "nobody is logged in", "every call fails"],
@@ -142,7 +158,7 @@ def test_whatever_fails_the_run_goes_on_and_keeps_its_own_record(
         telemetry.log(RECORD)
     use(telemetry)
     assert [options["mode"] for options in stub.started] == modes
-    assert lines(tmp_path) == 5 + 3
+    assert lines(tmp_path) == 5 + 4
     assert stub.calls == calls  # always, never, or until it was given up
     assert [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -151,4 +167,29 @@ def test_without_the_package_it_is_one_warning(tmp_path, config, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it is an ImportError
     use(Telemetry(tmp_path, config, True, 0))
     assert "wandb is not installed; going on without" in caplog.text
-    assert lines(tmp_path) == 3
+    assert lines(tmp_path) == 4
+
+
+def test_the_real_one_takes_all_of_it_and_its_sync_joins_the_starts(tmp_path, monkeypatch, caplog):
+    """Each offline start leaves a folder; `wandb sync` sends those of one id one after the other, as one run."""
+    wandb = pytest.importorskip("wandb", reason="pip install -c constraints.txt -e '.[wandb]'")
+    for name, value in {"WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    for first, mode in enumerate(("online", "offline")):  # nobody is logged in
+        use(Telemetry(run, load_config(ROOT / "configs" / "quickstart.json", [f"telemetry.wandb={mode}"]), True, first))
+    wandb.teardown()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"][1:]
+    started = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(started) == 2
+    assert {folder.name.rpartition("-")[2] for folder in started} == {(run / "wandb_id").read_text().strip()}
+    documented = re.search(r"`(wandb sync .*?)`", (ROOT / "docs" / "operations.md").read_text())[1]
+    assert warning.endswith(f": {documented.replace('RUN', str(run))}")
+    found = subprocess.run(
+        f"{sys.executable} -m {documented.replace('RUN', str(run))} --dry-run",
+        shell=True, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert all(folder.name in found.stdout + found.stderr for folder in started)

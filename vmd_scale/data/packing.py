@@ -250,7 +250,10 @@ def fill_id(tokenizer: Tokenizer) -> int:
 
 
 class Prompts(Packer):
-    """Prompt (given), response and what fills it up (ordinary), padding. A prompt that is too long loses its start."""
+    """Prompt (given), response and what fills it up (ordinary), padding.
+
+    A prompt that is too long loses its start, of which the response is farthest; a text with a label loses its end.
+    """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
         super().__init__(config, tokenizer, counts)
@@ -267,7 +270,8 @@ class Prompts(Packer):
         ended = len(response) + (document.response_width is None and self.tokenizer.end_id is not None)
         width = min(length, max(ended, document.response_width or 1))
         self.counts.truncated_documents += len(prompt) + width > length or len(response) > width
-        prompt = prompt[max(0, len(prompt) + width - length) :]
+        room = length - width
+        prompt = prompt[:room] if document.response_width else prompt[max(0, len(prompt) - room) :]
         end = len(prompt) + width if document.response_width else length
         tokens = np.full(length, fill_id(self.tokenizer), dtype=document.tokens.dtype)
         tokens[: len(prompt)] = prompt

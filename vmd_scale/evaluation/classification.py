@@ -28,6 +28,8 @@ from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import Tokenizer
 
+CLASSIFICATION = "classification.json"
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -40,6 +42,9 @@ class Accuracy:
     standard_error: float  # of the accuracy, over rows
     label_nll: float  # mean of -log p(true label | prompt), nats; the other labels share what is left, with all else
     draws: int  # K; 1 where nothing is random
+    step: int | None = None  # of the weights, and which ones; by whoever loaded them
+    weights: str | None = None
+    checkpoint: str | None = None  # `checkpoint_id`
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

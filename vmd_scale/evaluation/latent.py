@@ -30,6 +30,7 @@ class LatentUsage:
     active_units: int  # whose posterior mean varies over the rows: Var(E_q[z]) > 0.01, in units of the prior
     latent_width: int
     kl_histograms: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by mask ratio: counts and edges
+    kl_not_finite: dict[str, int] = field(default_factory=dict)  # by mask ratio: groups that no histogram can hold
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,10 +91,11 @@ def latent_usage(
         active_units=int((variance > ACTIVE_VARIANCE).sum()),
         latent_width=a.latent_width,
         kl_histograms={str(ratio): _histogram(torch.cat(kl)) for ratio, kl in kls.items()},
+        kl_not_finite={str(ratio): int((~torch.cat(kl).isfinite()).sum()) for ratio, kl in kls.items()},
     )
 
 
 def _histogram(values: Tensor) -> dict[str, list[float]]:
-    """Of the groups of all rows: how many have a KL between one edge, nats, and the next."""
-    counts, edges = np.histogram(values.double().numpy(), bins=HISTOGRAM_BINS)
+    """Of the groups of all rows: how many have a KL between one edge, nats, and the next. Of finite ones alone."""
+    counts, edges = np.histogram(values[values.isfinite()].double().numpy(), bins=HISTOGRAM_BINS)
     return {"counts": counts.tolist(), "edges": [round(edge, 6) for edge in edges.tolist()]}

@@ -1,10 +1,15 @@
-"""A Hugging Face folder: config.json, safetensors, tokenizer files, model card, and the code that loads them."""
+"""A Hugging Face folder: config.json, safetensors, tokenizer files, model card, and the code that loads them.
+
+Only files of the names below are ever written or replaced. Whatever else is in the folder is its owner's: the .git of a
+repository of the hub, notes, results.
+"""
 
 import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -13,12 +18,26 @@ from huggingface_hub import save_torch_state_dict
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.classification import Accuracy
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import model_card
 from vmd_scale.export.standalone import FILE_NAME, TRANSFORMERS_FILE_NAME, modelling_source, transformers_source
-from vmd_scale.files import check_writable
+from vmd_scale.files import check_writable, flush_to_disk
+from vmd_scale.tokenization import TOKENIZER_FILES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIG = "config.json"
+OWN = (  # patterns of the names of all that an export may hold
+    CONFIG,
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    FILE_NAME,
+    TRANSFORMERS_FILE_NAME,
+    "README.md",
+    *TOKENIZER_FILES,
+)
+WORK = ".export"  # inside the folder, which may be a mounted volume: `new` is not yet the export, `old` no longer
 
 
 def check_request(folder: Path, max_shard_size: str) -> None:
@@ -27,8 +46,9 @@ def check_request(folder: Path, max_shard_size: str) -> None:
     Raises:
         UserError: `folder` exists and is not an earlier export, or cannot be made; a size that is none.
     """
-    check_writable(folder / "config.json", "--output")
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE_NAME).exists():
+    check_writable(folder / CONFIG, "--output")
+    known = any((folder / name).exists() for name in (FILE_NAME, WORK))
+    if folder.exists() and any(folder.iterdir()) and not known:
         raise UserError(f"--output {folder}: exists and is not an exported model; choose another folder")
     number = re.fullmatch(r"([0-9.]+) ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE)
     try:
@@ -46,11 +66,12 @@ def export(
     encoder: bool = False,
     dtype: str = "fp32",
     max_shard_size: str = "5GB",
+    accuracies: Sequence[Accuracy] = (),
 ) -> Path:
-    """Write the model into `folder`, whole or not at all.
+    """Write the model into `folder`, which loads whole or not at all; files that are not an export's stay.
 
     Args:
-        results: evaluation results of these weights, for the model card.
+        results, accuracies: what was measured of these weights, for the model card.
         encoder: q(z | x0, m) as well: bounds and further training need it, sampling does not.
         dtype: fp32 | bf16 | fp16, of the weights in the files.
         max_shard_size: a larger model is cut into several files.
@@ -59,37 +80,54 @@ def export(
         UserError: see `check_request`.
     """
     check_request(folder, max_shard_size)
-    staging = folder.with_name(f".{folder.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    new = folder / WORK / "new"
+    shutil.rmtree(new, ignore_errors=True)  # of an export that was interrupted
+    new.mkdir(parents=True)
     has_encoder = encoder and trained.model.encoder is not None
     config = _config(trained, has_encoder, dtype)
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (staging / FILE_NAME).write_text(modelling_source(), encoding="utf-8")
-    (staging / TRANSFORMERS_FILE_NAME).write_text(transformers_source(), encoding="utf-8")
-    (staging / "README.md").write_text(model_card(trained, results, has_encoder), encoding="utf-8")
-    tokenizer = trained.tokenizer.files()
-    if "tokenizer.json" in tokenizer:  # else AutoTokenizer would look for its class in config.json
-        tokenizer.setdefault("tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
-    for name, content in tokenizer.items():
-        (staging / name).write_bytes(content)
+    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (new / FILE_NAME).write_text(modelling_source(), encoding="utf-8")
+    (new / TRANSFORMERS_FILE_NAME).write_text(transformers_source(), encoding="utf-8")
+    (new / "README.md").write_text(model_card(trained, results, has_encoder, accuracies), encoding="utf-8")
+    for name, content in trained.tokenizer.files().items():
+        (new / name).write_bytes(content)
     tensors = {
         name: tensor.to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in trained.model.state_dict().items()
         if has_encoder or not name.startswith("encoder.")
     }
-    save_torch_state_dict(tensors, staging, max_shard_size=max_shard_size)
-    for file in staging.glob("*.safetensors"):  # which are written for their owner only
-        file.chmod((staging / "config.json").stat().st_mode)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(staging, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(staging, folder)
+    save_torch_state_dict(tensors, new, max_shard_size=max_shard_size)
+    for file in new.glob("*.safetensors"):  # which are written for their owner only
+        file.chmod((new / CONFIG).stat().st_mode)
+    _replace(folder, new)
     return folder
+
+
+def exported_files(folder: Path) -> list[Path]:
+    """Those of the names that an export has, config.json first."""
+    own = (file for file in folder.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in OWN))
+    return sorted(own, key=lambda file: (file.name != CONFIG, file.name))
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put the files of `new` in the place of those of an earlier export, of which a loader would read what stayed.
+
+    No rename is one of many files. So config.json, without which nothing loads, goes first and comes last: killed
+    between, the folder loads nowhere, rather than as a mixture of two models, and one of `new` and `old` is whole.
+    """
+    unknown = [file.name for file in new.iterdir() if file not in exported_files(new)]
+    assert not unknown, f"{unknown} would survive the next export: add their names to OWN"
+    for file in new.iterdir():
+        flush_to_disk(file)
+    old = new.with_name("old")
+    shutil.rmtree(old, ignore_errors=True)
+    old.mkdir()
+    for file in exported_files(folder):
+        os.replace(file, old / file.name)
+    for file in reversed(exported_files(new)):
+        os.replace(file, folder / file.name)
+    flush_to_disk(folder)
+    shutil.rmtree(new.parent)
 
 
 def _config(trained: TrainedModel, has_encoder: bool, dtype: str) -> dict[str, object]:

@@ -5,10 +5,14 @@ from pathlib import Path
 import huggingface_hub
 
 from vmd_scale.errors import UserError
+from vmd_scale.export.folder import OWN, WORK
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
     """Create the repository where there is none, and upload the folder. Returns its address.
+
+    What is left there of an earlier export, such as files of weights that a loader would read, is deleted in the same
+    commit; other files of the repository stay.
 
     Args:
         name: USER/MODEL. Who one is, is what `hf auth login` has stored.
@@ -19,7 +23,13 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     try:
         api = huggingface_hub.HfApi()
         address = api.create_repo(name, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}")
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message=f"Export of {folder.name}",
+            ignore_patterns=[f"{WORK}/*"],
+            delete_patterns=list(OWN),
+        )
     except Exception as error:  # of the client, of http, of the operating system: they have no common base
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--push {name}: not uploaded ({reason}); the folder is whole: {folder}") from None

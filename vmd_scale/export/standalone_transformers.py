@@ -1,7 +1,9 @@
 """AutoModel for an exported folder: the same model behind the interface of transformers.
 
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 rows = model.generate(steps=32, count=4)
+rows = model.generate(**tokenizer("a text to go on with", return_tensors="pt"), steps=32)
 """
 
 import math
@@ -32,6 +34,7 @@ class VMDModel(PreTrainedModel):
 
     config_class = VMDConfig
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _no_split_modules: list[str] | set[str] | None = ["Block"]  # noqa: RUF012 - as in the base class
 
     def __init__(self, config: VMDConfig) -> None:
@@ -82,13 +85,63 @@ class VMDModel(PreTrainedModel):
         ratio = masked.unflatten(1, (a.groups, -1)).float().mean(-1)
         return MaskedLMOutput(logits=model.logits(input_ids, latents, attend, ratio))
 
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
-        """Draw rows: see `modeling_vmd.generate`, whose `prompt` is `input_ids`."""
-        return core.generate(self.vmd, input_ids, **options).to(self.device)
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw whole rows: see `modeling_vmd.generate`, whose options these are and whose `prompt` is `input_ids`.
+
+        Args:
+            input_ids: int64 [B, n]; the mask id is drawn like what follows the prompt.
+            attention_mask: [B, n], 0 at padding. Of prompts shorter than a row, padding on either side is taken out:
+                what is drawn follows each prompt at once. In whole rows, padding is kept and not attended to.
+            token_type_ids: not looked at; some tokenizers return them.
+            seed: None takes one from torch's global generator, so that two calls differ; the same seed draws the same.
+
+        Raises:
+            ValueError: see `modeling_vmd.generate`.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        if input_ids is not None and attention_mask is not None and not attention_mask.all():
+            text = attention_mask.bool()
+            if input_ids.shape[1] < self.denoiser.architecture.row_length:
+                input_ids = left_aligned(input_ids, text, self.denoiser.architecture.mask_id)
+            else:
+                options["attend"] = text
+        return core.generate(self.vmd, input_ids, seed=seed, **options).to(self.device)
 
     def bound(self, clean: Tensor, maskable: Tensor | None = None, steps: float = math.inf, **options: Any) -> Tensor:
         """Upper bounds on the negative log-likelihood of rows: see `modeling_vmd.bound`."""
         return core.bound(self.vmd, clean, maskable, steps, **options)
 
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The denoiser's, which has a row for the mask; the encoder has its own."""
+        return self.denoiser.embedding
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.denoiser.embedding = value
+
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> torch.nn.Embedding:
+        """Raises `NotImplementedError`."""
+        raise NotImplementedError("the mask is the last symbol, and the head has none for it: the vocabulary is fixed")
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """What gradient_checkpointing_enable() and its successor call; how it is done, the blocks know."""
+        self.gradient_checkpointing = enable
+        self.vmd.checkpoint_activations("full" if enable else "none")
+
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The constructor has done it."""
+
+
+def left_aligned(input_ids: Tensor, text: Tensor, mask_id: int) -> Tensor:
+    """Each row's text, where `text` [B, n] is true, moved to its start, and masks behind it."""
+    order = (~text).int().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order).masked_fill(~text.gather(1, order), mask_id)

@@ -16,15 +16,19 @@ ATTAINED = 0.8  # of the links' bandwidth, by large messages
 
 
 def all_reduce(size: float, ranks: int, gpu: GPU) -> float:
-    """Seconds for the sum of `size` bytes: reduce-scatter in the nodes, all-reduce between them, all-gather."""
+    """Seconds for the sum of `size` bytes: reduce-scatter in the nodes, all-reduce between them, all-gather.
+
+    Large messages go in pieces, one phase of one beside another phase of the next: the slower net decides.
+    """
     nodes, local = _nodes(ranks, gpu)
+    inside = 2 * _ring_bytes(size, local) / (ATTAINED * gpu.inside)
+    latency = 2 * (local - 1) * INSIDE_LATENCY
     if nodes == 1:
-        return _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY) * 2
-    inside = 2 * _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY)
-    share = size / local  # each GPU of a node has a port of its own
-    ring = 2 * _reduce_scatter_ring(share, nodes, gpu.between, BETWEEN_LATENCY)
-    tree = 2 * (share / (ATTAINED * gpu.between) + math.log2(nodes) * BETWEEN_LATENCY)
-    return inside + min(ring, tree)
+        return inside + latency
+    share, bandwidth = size / local, ATTAINED * gpu.between  # each GPU of a node has a port of its own
+    ring = max(inside, 2 * _ring_bytes(share, nodes) / bandwidth) + 2 * (nodes - 1) * BETWEEN_LATENCY
+    tree = max(inside, 2 * share / bandwidth) + 2 * math.log2(nodes) * BETWEEN_LATENCY
+    return latency + min(ring, tree)
 
 
 def all_gather(size: float, ranks: int, gpu: GPU) -> float:
@@ -33,8 +37,9 @@ def all_gather(size: float, ranks: int, gpu: GPU) -> float:
     Rings only: between nodes, latency grows with their number.
     """
     nodes, local = _nodes(ranks, gpu)
-    inside = _reduce_scatter_ring(size, local, gpu.inside, INSIDE_LATENCY)
-    return inside + _reduce_scatter_ring(size / local, nodes, gpu.between, BETWEEN_LATENCY)
+    inside = _ring_bytes(size, local) / (ATTAINED * gpu.inside)
+    between = _ring_bytes(size / local, nodes) / (ATTAINED * gpu.between)
+    return max(inside, between) + (local - 1) * INSIDE_LATENCY + (nodes - 1) * BETWEEN_LATENCY
 
 
 def seconds_per_step(
@@ -52,10 +57,8 @@ def seconds_per_step(
     if stage == 0:
         return all_reduce(gradients, ranks, gpu), 0.0
     updated = all_gather(weights, ranks, gpu)  # after the optimizer, before the next forward
-    if stage == 1:  # DeepSpeed sums all gradients on all ranks, and each updates its part
-        return all_reduce(gradients, ranks, gpu), updated
-    if stage == 2:
-        return micro_batches * all_gather(gradients, ranks, gpu), updated
+    if stage < 3:  # DeepSpeed 0.19 sums all gradients on all ranks, of which each keeps its part; stage 2 at once
+        return (micro_batches if stage == 2 else 1) * all_reduce(gradients, ranks, gpu), updated
     gathered = 2 * layers * all_gather(weights / layers, ranks, gpu)  # forward, and again backward
     return micro_batches * (gathered + all_gather(gradients, ranks, gpu)), 0.0
 
@@ -66,5 +69,6 @@ def _nodes(ranks: int, gpu: GPU) -> tuple[int, int]:
     return -(-ranks // local), local
 
 
-def _reduce_scatter_ring(size: float, ranks: int, bandwidth: float, latency: float) -> float:
-    return (ranks - 1) / ranks * size / (ATTAINED * bandwidth) + (ranks - 1) * latency
+def _ring_bytes(size: float, ranks: int) -> float:
+    """That each link of a ring carries, in one direction, of a reduce-scatter or an all-gather of `size` bytes."""
+    return (ranks - 1) / ranks * size

@@ -1,9 +1,12 @@
 """GPUs and the nets between them, from data sheets; and the measured peak of what is at hand."""
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
+
+GIB = 2**30
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets, by a part of the GPU's name; the longest that fits counts.
 PEAK_FLOPS = {
@@ -32,7 +35,7 @@ class GPU:
 
     name: str
     peak_flops: float  # dense bf16
-    memory: float  # bytes
+    memory: float  # bytes, as PyTorch reports them (total_memory): a little less than the data sheet's
     inside: float  # NVLink: half of the data sheet's total of both directions
     between: float  # one InfiniBand or RoCE port for each GPU
     price: float
@@ -42,10 +45,10 @@ class GPU:
 # Data sheets: NVIDIA A100 80GB (NVLink 3, 600 GB/s), H100 SXM (NVLink 4, 900 GB/s; DGX H100: 8 x 400 Gb/s), H200 SXM,
 # HGX B200 (NVLink 5, 1.8 TB/s; 400 Gb/s a GPU as in DGX B200); DGX A100: 8 x 200 Gb/s.
 GPUS = {
-    "a100": GPU("a100", PEAK_FLOPS["A100"], 80e9, 300e9, 25e9, 1.8),
-    "h100": GPU("h100", PEAK_FLOPS["H100"], 80e9, 450e9, 50e9, 2.5),
-    "h200": GPU("h200", PEAK_FLOPS["H200"], 141e9, 450e9, 50e9, 3.2),
-    "b200": GPU("b200", PEAK_FLOPS["B200"], 180e9, 900e9, 50e9, 5.5),
+    "a100": GPU("a100", PEAK_FLOPS["A100"], 79.1 * GIB, 300e9, 25e9, 1.8),
+    "h100": GPU("h100", PEAK_FLOPS["H100"], 79.1 * GIB, 450e9, 50e9, 2.5),
+    "h200": GPU("h200", PEAK_FLOPS["H200"], 139.8 * GIB, 450e9, 50e9, 3.2),
+    "b200": GPU("b200", PEAK_FLOPS["B200"], 178.3 * GIB, 900e9, 50e9, 5.5),
 }
 
 
@@ -53,7 +56,7 @@ def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of a device: from the data sheet for a known GPU, else measured with one matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [key for key in PEAK_FLOPS if key in name]
+        known = [key for key in PEAK_FLOPS if re.search(rf"\b{key}(?![0-9])", name)]  # an A1000 is no A100
         if known:
             return PEAK_FLOPS[max(known, key=len)]
     return measured_flops(device)

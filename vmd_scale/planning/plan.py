@@ -11,9 +11,8 @@ from vmd_scale.planning.communication import seconds_per_step
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPU
 from vmd_scale.planning.memory import Memory, memory_of
-from vmd_scale.planning.workload import flops_of
+from vmd_scale.planning.workload import fitting_micro_batch, flops_of
 
-MIB, GIB = 2**20, 2**30
 USABLE = 0.92  # of a GPU's memory: the rest goes to the CUDA context, the collectives and fragmentation
 ATTAINED_MFU = 0.4  # what computation alone is expected to reach, unless said otherwise
 HIDDEN = 0.7  # share of the gradients' communication that runs beside the backward pass
@@ -25,11 +24,23 @@ class Speed:
     """Expected, not measured."""
 
     gpus: int
+    rows_in_step: int
+    micro_batch: int
+    fits: bool  # into the memory of a GPU
+    step_seconds: float
+    exposed_seconds: float  # of a step: communication that no computation hides
     tokens_per_second: float
+    mfu: float
     days: float
     price: float  # US dollars
-    efficiency: float  # against GPUs that need not talk to each other
-    rows_in_step: int
+
+    @property
+    def efficiency(self) -> float:
+        """Against GPUs that need not talk to each other."""
+        return 1 - self.exposed_seconds / self.step_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "efficiency": self.efficiency}
 
 
 class Plan:
@@ -43,27 +54,37 @@ class Plan:
         self.flops: FlopsPerToken = flops_of(config, a, on_gpu=True)
         self.kept: Kept = kept_of(config, a, precision, on_gpu=True)
 
+    @property
+    def room(self) -> float:
+        """Bytes of a GPU that a plan may fill."""
+        return USABLE * self.gpu.memory
+
+    @property
+    def tokens(self) -> int:
+        """That the run sees, padding and tokens that come again included."""
+        training = self.config.training
+        return training.steps * training.global_batch * self.config.data.row_length
+
     def memory(self, gpus: int, stage: int | None = None, micro_batch: int | None = None) -> Memory:
         config = _with(self.config, stage, micro_batch)
         return memory_of(config, self.architecture, gpus, self.precision, on_gpu=True, kept=self.kept)
 
     def largest_micro_batch(self, gpus: int, stage: int | None = None) -> int:
         """Rows that fit; 0 if not even one does."""
-        room = USABLE * self.gpu.memory
         fits = 0
         step = 1 << 24
         while step:
-            if self.memory(gpus, stage, fits + step).total <= room:
+            if self.memory(gpus, stage, fits + step).total <= self.room:
                 fits += step
             step //= 2
         return fits
 
     def speed(self, gpus: int, stage: int | None = None, rows: int | None = None) -> Speed:
-        """With the configured global batch, or the smallest that gives every GPU a row; or with so many rows a step."""
+        """With `rows` in a step: by default the global batch, or the next number that these GPUs can share evenly."""
         training, length = self.config.training, self.config.data.row_length
-        rows = rows or max(training.global_batch, gpus)
-        of_rank = rows / gpus
-        micro_batches = max(1, round(of_rank / training.micro_batch))
+        rows = rows or -(-training.global_batch // gpus) * gpus
+        of_rank = rows // gpus
+        micro_batch = fitting_micro_batch(training.micro_batch, of_rank, 1) or 1
         compute = of_rank * length * self.flops.total / (self.gpu.peak_flops * self.mfu)
         if training.activation_checkpointing == "full":
             compute *= 4 / 3  # every forward is made twice
@@ -73,23 +94,33 @@ class Plan:
             stage,
             low * self.parameters,
             4 * self.parameters,  # accumulated and reduced in fp32
-            micro_batches,
+            of_rank // micro_batch,
             self.architecture.layers,
             gpus,
             self.gpu,
         )
         overlaps = self.config.deepspeed.get("zero_optimization", {}).get("overlap_comm", stage == 3)
         hidden = min(HIDDEN * hideable, 2 / 3 * compute) if overlaps else 0.0  # the backward pass is two thirds
-        seconds = compute + hideable - hidden + exposed
-        tokens_per_second = rows * length / seconds
-        days = training.steps * training.global_batch * length / tokens_per_second / 86_400
-        price = days * 24 * gpus * self.gpu.price
-        return Speed(gpus, tokens_per_second, days, price, compute / seconds, rows)
+        exposed += hideable - hidden
+        tokens_per_second = rows * length / (compute + exposed)
+        days = self.tokens / tokens_per_second / 86_400
+        return Speed(
+            gpus=gpus,
+            rows_in_step=rows,
+            micro_batch=micro_batch,
+            fits=self.memory(gpus, stage, micro_batch).total <= self.room,
+            step_seconds=compute + exposed,
+            exposed_seconds=exposed,
+            tokens_per_second=tokens_per_second,
+            mfu=tokens_per_second * self.flops.total / (gpus * self.gpu.peak_flops),
+            days=days,
+            price=days * 24 * gpus * self.gpu.price,
+        )
 
     def weak_efficiency(self, gpus: int) -> float:
         """Where the batch grows with the GPUs: at least a micro-batch each."""
-        rows = max(self.config.training.global_batch, gpus * self.config.training.micro_batch)
-        return self.speed(gpus, rows=rows).efficiency
+        of_rank = max(-(-self.config.training.global_batch // gpus), self.config.training.micro_batch)
+        return self.speed(gpus, rows=gpus * of_rank).efficiency
 
     def curve(self, counts: Sequence[int] = CURVE) -> list[Speed]:
         return [self.speed(count) for count in counts]
@@ -100,19 +131,21 @@ class Plan:
                 "memory": asdict(self.memory(gpus, stage)),
                 "total": self.memory(gpus, stage).total,
                 "largest_micro_batch": self.largest_micro_batch(gpus, stage),
+                "expected": self.speed(gpus, stage).to_dict(),
             }
             for stage in range(4)
         }
         return {
             "parameters": {"denoiser": self.denoiser, "encoder": self.parameters - self.denoiser},
+            "tokens": self.tokens,
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total},
             "gpu": asdict(self.gpu),
             "precision": self.precision,
             "assumed_mfu": self.mfu,
             "zero_stages": stages,
-            "expected": asdict(self.speed(gpus)),
+            "expected": self.speed(gpus).to_dict(),
             "curve": [
-                {**asdict(speed), "efficiency_with_a_micro_batch_each": self.weak_efficiency(speed.gpus)}
+                {**speed.to_dict(), "efficiency_with_a_micro_batch_each": self.weak_efficiency(speed.gpus)}
                 for speed in self.curve()
             ],
         }
@@ -127,63 +160,3 @@ def _with(config: Config, stage: int | None, micro_batch: int | None) -> Config:
     if micro_batch is not None:
         changes["training"] = config.training.model_copy(update={"micro_batch": micro_batch})
     return config.model_copy(update=changes)
-
-
-def describe(plan: Plan, gpus: int) -> str:
-    """The text of ``launchers/plan.py``."""
-    config, gpu, flops = plan.config, plan.gpu, plan.flops
-    shares = ", ".join(f"{name} {value / flops.total:.0%}" for name, value in asdict(flops).items() if value)
-    lines = [
-        f"parameters        denoiser {plan.denoiser:,}   encoder {plan.parameters - plan.denoiser:,}",
-        f"FLOPs per token   {flops.total:,.0f} (forward and backward: {shares})",
-        "",
-        f"memory of a GPU in GiB, {gpus} x {gpu.name} ({gpu.memory / GIB:.0f} GiB), {plan.precision}, "
-        f"micro-batch {config.training.micro_batch}, checkpointing {config.training.activation_checkpointing}",
-    ]
-    parts = list(asdict(plan.memory(gpus)))
-    lines.append(f"{'ZeRO':<6}" + "".join(f"{part:>12}" for part in (*parts, "total")) + "   largest micro")
-    for stage in range(4):
-        memory = plan.memory(gpus, stage)
-        values = "".join(f"{value / GIB:>12.2f}" for value in (*asdict(memory).values(), memory.total))
-        mark = " <- configured" if stage == config.zero_stage else ""
-        lines.append(f"{stage:<6}{values}{plan.largest_micro_batch(gpus, stage):>16}{mark}")
-    lines += [
-        "",
-        f"expected, computation at {plan.mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s, ${gpu.price:.2f} a GPU-hour",
-        f"{'GPUs':>6}{'tokens/s':>15}{'days':>12}{'dollars':>14}{'rows a step':>13}{'efficiency':>12}"
-        f"{'with a micro-batch a GPU':>26}",
-    ]
-    for speed in plan.curve(sorted({*CURVE, gpus})):
-        mark = " <-" if speed.gpus == gpus else ""
-        lines.append(
-            f"{speed.gpus:>6}{speed.tokens_per_second:>15,.0f}{speed.days:>12,.2f}{speed.price:>14,.0f}"
-            f"{speed.rows_in_step:>13,}{speed.efficiency:>12.0%}{plan.weak_efficiency(speed.gpus):>26.0%}{mark}"
-        )
-    return "\n".join(lines)
-
-
-def describe_run(
-    config: Config, a: Architecture, world_size: int, precision: str, on_gpu: bool, peak: float | None = None
-) -> str:
-    """The text of ``pretrain.py --dry-run``: this run, on the device at hand."""
-    flops, training = flops_of(config, a, on_gpu).total, config.training
-    model = without_memory(a)
-    denoiser, parameters = count_parameters(model.denoiser), count_parameters(model)
-    tokens = training.steps * training.global_batch * config.data.row_length
-    memory = memory_of(config, a, world_size, precision, on_gpu)
-    lines = [
-        f"parameters        denoiser {denoiser:,}   encoder {parameters - denoiser:,}",
-        f"tokens            {tokens:,} in {training.steps:,} steps "
-        f"of {training.global_batch} rows x {config.data.row_length}",
-        f"FLOPs per token   {flops:,.0f} (forward and backward)",
-        f"FLOPs in all      {flops * tokens:.3g}",
-        f"memory per rank   {memory.total / MIB:,.0f} MiB on {world_size} rank(s), ZeRO stage {config.zero_stage}",
-    ]
-    lines += [f"    {name:<13} {value / MIB:>12,.1f} MiB" for name, value in asdict(memory).items()]
-    if peak:
-        hours = flops * tokens / (peak * world_size) / 3600
-        lines.append(
-            f"hours             {hours:,.2f} at the peak of this device ({peak / 1e12:,.2f} TFLOP/s a rank); "
-            f"{hours / 0.4:,.2f} at 40 % of it"
-        )
-    return "\n".join(lines)

@@ -1,8 +1,13 @@
-"""What a configuration computes: how often the networks run for a row, and how many FLOPs a token costs."""
+"""What a configuration computes: rows at a time, how often the networks run for each, and FLOPs a token."""
 
 from vmd_scale.config import Config, step_values
 from vmd_scale.model import Architecture
 from vmd_scale.planning.flops import FlopsPerToken
+
+
+def fitting_micro_batch(most: int, global_batch: int, ranks: int) -> int | None:
+    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; None where none does."""
+    return next((size for size in range(most, 0, -1) if global_batch % (size * ranks) == 0), None)
 
 
 def denoiser_passes(config: Config) -> float:

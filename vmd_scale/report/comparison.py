@@ -56,12 +56,12 @@ def comparison_figures(runs: Sequence[Run]) -> dict[str, Picture]:
     for key, (title, label, caption) in CURVES.items():
         shown = [run for run in runs if run.metrics and (key != "kl" or run.config.latent.width)]
         if shown:
-            png = draw_png(partial(_panel, runs=shown, key=key, label=label))
+            png = draw_png(partial(_panel_of_runs, runs=shown, key=key, label=label))
             pictures[f"all_{key}"] = Picture(f"{title}, all runs", caption, png)
     return pictures
 
 
-def _panel(figure: Figure, runs: Sequence[Run], key: str, label: str) -> None:
+def _panel_of_runs(figure: Figure, runs: Sequence[Run], key: str, label: str) -> None:
     axes = figure.subplots()
     for n, run in enumerate(runs):
         steps, values = column(run.metrics, "step"), column(run.metrics, key)

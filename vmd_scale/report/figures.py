@@ -217,8 +217,9 @@ def _latent_panels(figure: Figure, records: Sequence[LatentUsage]) -> None:
     above.set(ylabel="KL, nats")
     above.set_ylim(bottom=0)
     _legend(above)
-    below.plot(steps, [r.active_units for r in records], color=COLORS[0], marker="o", markersize=3)
-    below.set(xlabel="step", ylabel=f"active units of {records[-1].latent_width}", ylim=(0, None))
+    active = [r.active_units for r in records]
+    below.plot(steps, active, color=COLORS[0], marker="o", markersize=3)
+    below.set(xlabel="step", ylabel=f"active units of {records[-1].latent_width}", ylim=(0, 1.05 * max(1, *active)))
     below.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     _step_axis(below)
     figure.align_ylabels([above, below])

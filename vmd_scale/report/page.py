@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from vmd_scale.evaluation.classification import Accuracy
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.files import check_writable, write_atomically
 from vmd_scale.report.comparison import comparison_figures, differing_settings
@@ -40,6 +41,8 @@ SURROGATE_NOTE = (
     "anything and must not be compared with one."
 )
 PLAIN = {"temperature": 1.0, "nucleus": 1.0, "order_noise": 0.0, "remask": 0.0}  # what does not change the distribution
+NUMBER = ' class="number"'
+ACCURACY_COLUMNS = ("split", "rows", "labels", "accuracy", "± s.e.", "label NLL, nats")
 
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1120px; margin: 0 auto;
@@ -133,6 +136,7 @@ def _sections(run: Run, figures: Mapping[str, Picture]) -> str:
             f"<h1>{html.escape(run.name)}</h1>{_state(run)}",
             f"<h2>The run</h2>{_settings(run)}",
             f"<h2>Bounds</h2>{_bounds(run, figures)}",
+            f"<h2>Labels</h2>{_accuracies(run.accuracies)}" if run.accuracies else "",
             f"<h2>Training</h2>{_grid(figures, training) if training else '<p>Nothing is logged yet.</p>'}",
             f"<h2>Events</h2>{events_section(run)}",
             f"<h2>Samples</h2>{_samples(run)}",
@@ -254,11 +258,24 @@ def _bound_table(results: Sequence[Result], unit: str) -> str:
     if any(r.vmd_surrogate is not None for r in results):
         columns["vmd_surrogate (not a bound)"] = lambda r: "" if r.vmd_surrogate is None else f"{r.vmd_surrogate:.4f}"
     words = {"latent", "bound", "weights", "precision", "paths", "protocol", "split"}
-    kind = {name: "" if name in words else ' class="number"' for name in columns}
+    kind = {name: "" if name in words else NUMBER for name in columns}
     head = "".join(f"<th{kind[name]}>{html.escape(name)}</th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(f"<td{kind[name]}>{html.escape(show(r))}</td>" for name, show in columns.items()) + "</tr>"
         for r in results
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _accuracies(results: Sequence[Accuracy]) -> str:
+    head = "".join(f"<th{'' if n == 0 else NUMBER}>{name}</th>" for n, name in enumerate(ACCURACY_COLUMNS))
+    rows = [
+        (r.split, f"{r.rows:,}", f"{r.labels:,}", f"{r.accuracy:.4f}", f"{r.standard_error:.4f}", f"{r.label_nll:.4f}")
+        for r in results
+    ]
+    body = "".join(
+        f"<tr><td>{html.escape(split)}</td>" + "".join(f"<td{NUMBER}>{value}</td>" for value in values) + "</tr>"
+        for split, *values in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

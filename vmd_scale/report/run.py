@@ -12,14 +12,15 @@ import numpy as np
 from vmd_scale.config import Config
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError
+from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.files import checked, read_json
 from vmd_scale.training.status import Status, has_died, read_status
-from vmd_scale.training.telemetry import EVALUATIONS, EVENTS, LATENT, LOG, METRICS
+from vmd_scale.training.telemetry import EVALUATIONS, EVENTS, FACTS, LATENT, LOG, METRICS
 from vmd_scale.training.telemetry import SAMPLES as DRAWN
 
-CONFIG, FINAL, SAMPLES, FACTS = "config.json", "evaluation.json", "samples.json", "facts.json"
+CONFIG, FINAL, SAMPLES = "config.json", "evaluation.json", "samples.json"
 LOG_LINES = 40
 LATENT_NAMES = {"fixed": "fixed z", "fresh": "fresh z", "none": "no latent"}
 
@@ -43,7 +44,7 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class Facts:
-    """Numbers about the data that no run computes."""
+    """Numbers about the data, which a run writes down at its start."""
 
     unigram_bits_per_token: float | None = None
 
@@ -60,6 +61,7 @@ class Run:
     final: list[Result]
     samples: list[SampleSet]
     facts: Facts = field(default_factory=Facts)
+    accuracies: list[Accuracy] = field(default_factory=list)  # of a run on labels
     log: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
     status: Status | None = None
@@ -80,6 +82,10 @@ def read_run(folder: Path) -> Run:
     if not (folder / CONFIG).is_file():
         what = "holds no config.json" if folder.is_dir() else "there is no such folder"
         raise UserError(f"{folder}: not a run folder, {what}; expected what launchers/pretrain.py wrote with --output")
+    if "model_type" in read_json(folder / CONFIG, dict[str, Any]):  # as transformers wants it
+        raise UserError(
+            f"{folder}: an exported model, not a run; a report is made of the run folder that it comes from"
+        )
     validation = [checked(Result, r, str(folder / EVALUATIONS)) for r in _read_lines(folder / EVALUATIONS)]
     final = read_results(folder / FINAL) if (folder / FINAL).is_file() else []
     for where, results in ((EVALUATIONS, validation), (FINAL, final)):
@@ -95,6 +101,7 @@ def read_run(folder: Path) -> Run:
         final=final,
         samples=_optional(folder / SAMPLES, list[SampleSet], []) or _of_training(folder / DRAWN),
         facts=_optional(folder / FACTS, Facts, Facts()),
+        accuracies=_optional(folder / CLASSIFICATION, list[Accuracy], []),
         log="\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]) if log.is_file() else "",
         events=_read_lines(folder / EVENTS),
         status=status,

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from vmd_scale.errors import UserError
+from vmd_scale.tokenization.exported import exported_files
 from vmd_scale.tokenization.interface import checked_ids
 
 MOST_SYMBOLS = 1 << 16
@@ -62,7 +63,12 @@ class CharacterTokenizer:
         if self.specials:
             description["specials"] = list(self.specials)
             plain.add_special_tokens(list(self.specials))
-        return {"characters.json": json.dumps(description).encode(), "tokenizer.json": plain.to_str().encode()}
+        ids = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
+        specials = {key: None if i is None else self._symbols[i] for key, i in ids.items()}
+        return {
+            "characters.json": json.dumps(description).encode(),
+            **exported_files(plain.to_str(), self.vocab_size, specials),
+        }
 
 
 class SymbolTokenizer:
@@ -98,4 +104,7 @@ class SymbolTokenizer:
         plain = tokenizers.Tokenizer(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=""))
         plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         description = {"symbols": self.vocab_size}
-        return {"symbols.json": json.dumps(description).encode(), "tokenizer.json": plain.to_str().encode()}
+        return {
+            "symbols.json": json.dumps(description).encode(),
+            **exported_files(plain.to_str(), self.vocab_size, {}),
+        }

@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from vmd_scale.errors import UserError
+from vmd_scale.files import read_json, write_atomically
 from vmd_scale.tokenization.characters import MOST_SYMBOLS, CharacterTokenizer, SymbolTokenizer
+from vmd_scale.tokenization.exported import ORIGINAL, TOKENIZER_CONFIG
 from vmd_scale.tokenization.interface import Tokenizer
 from vmd_scale.tokenization.sentences import sentencepiece_tokenizer
 from vmd_scale.tokenization.subword import bert_tokenizer, gpt2_tokenizer, with_named_specials
@@ -23,6 +26,7 @@ CHARACTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 ASSETS = Path("tokenizer/assets")
+KEPT = "tokenizer"  # folder in that of a run
 GPT2_FILES = [  # (vocabulary, merges)
     ("encoder.json", "vocab.bpe"),
     ("vocab.json", "merges.txt"),
@@ -71,12 +75,29 @@ def vocab_size_of(name: str) -> int:
     return VOCAB_SIZES[name] if name in VOCAB_SIZES and not at_hand else load_tokenizer(name).vocab_size
 
 
+def keep_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
+    """Write its files into a run folder: where `data.tokenizer` points to may be moved, or was named from elsewhere."""
+    for name, content in tokenizer.files().items():
+        write_atomically(run_folder / KEPT / name, content)
+
+
+def kept_tokenizer(name: str, run_folder: Path) -> str:
+    """What `load_tokenizer` should be asked for: the files that a run keeps, where `name` is not built in.
+
+    Runs of older versions keep none: then it is `name`.
+    """
+    built_in = name in CHARACTERS or name.startswith("symbols:")
+    return name if built_in or not (run_folder / KEPT).is_dir() else str(run_folder / KEPT)
+
+
 def _places(name: str) -> list[Path]:
     return [Path(name), ASSETS / name, ASSETS / f"{name}.model"]
 
 
 def _load_path(name: str, path: Path) -> Tokenizer:
     if path.is_dir():
+        if (original := _original_in(path)) is not None:
+            return _load_path(name, original)
         loaders = _loaders_in(name, path)
         # these are complete by themselves; other files beside them only repeat what they say
         for complete in ("characters", "symbols", "tokenizer.json"):
@@ -99,6 +120,14 @@ def _load_path(name: str, path: Path) -> Tokenizer:
     if path.suffix == ".json":
         return _load_tokenizer_json(name, path)
     raise UserError(f"data.tokenizer {name!r}: unknown kind of file; expected {'; '.join(_expected_files().values())}")
+
+
+def _original_in(folder: Path) -> Path | None:
+    """What an exported tokenizer.json was made from, which had no mask."""
+    path = folder / TOKENIZER_CONFIG
+    settings = read_json(path, dict[str, Any]) if path.is_file() else {}
+    original = settings.get(ORIGINAL)
+    return folder / Path(original).name if isinstance(original, str) else None
 
 
 def _loaders_in(name: str, folder: Path) -> dict[str, Callable[[], Tokenizer]]:

@@ -9,7 +9,9 @@ import numpy as np
 import sentencepiece
 
 from vmd_scale.errors import UserError
+from vmd_scale.tokenization.exported import exported_files
 from vmd_scale.tokenization.interface import MASK_TEXT, Tokenizer, checked_ids
+from vmd_scale.tokenization.unigram import unigram_as_json
 
 
 class SentencePieceTokenizer:
@@ -49,7 +51,13 @@ class SentencePieceTokenizer:
         return " " + text if boundary else text
 
     def files(self) -> dict[str, bytes]:
-        return {"spiece.model": self._model}
+        """`tokenizer.json` serves readers that know nothing of SentencePiece; of a unigram model only."""
+        files = {"spiece.model": self._model}
+        if (serialized := unigram_as_json(self._model)) is None:
+            return files
+        ids = {"bos_token": self.begin_id, "eos_token": self.end_id, "pad_token": self.pad_id}
+        specials = {key: None if i is None else self._processor.id_to_piece(i) for key, i in ids.items()}
+        return files | exported_files(serialized, self.vocab_size, specials, original="spiece.model", joins_spaces=True)
 
 
 def sentencepiece_tokenizer(name: str, path: Path) -> Tokenizer:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from vmd_scale.errors import UserError
+from vmd_scale.tokenization.exported import PLAIN, TOKENIZER_CONFIG, exported_files
 from vmd_scale.tokenization.interface import MASK_TEXT, Tokenizer, checked_ids
 
 BEGIN_TOKENS = ["[CLS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"]
@@ -55,10 +56,10 @@ class SubwordTokenizer:
 
     def files(self) -> dict[str, bytes]:
         _, serialized, begin, end, pad = self._arguments
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         specials = {"bos_token": begin, "eos_token": end, "pad_token": pad}
-        settings |= {key: token for key, token in specials.items() if token is not None}
-        return {"tokenizer.json": serialized.encode(), "tokenizer_config.json": json.dumps(settings, indent=2).encode()}
+        joins_spaces = len(self.encode("a b")) <= 2
+        exported = exported_files(serialized, self.vocab_size, specials, original=PLAIN, joins_spaces=joins_spaces)
+        return {PLAIN: serialized.encode(), **exported}
 
 
 def gpt2_tokenizer(name: str, vocabulary: Path, merges: Path) -> Tokenizer:
@@ -90,7 +91,7 @@ def bert_tokenizer(name: str, vocabulary: Path) -> Tokenizer:
 
 def with_named_specials(name: str, tokenizer: tokenizers.Tokenizer, folder: Path | None) -> Tokenizer:
     """Begin, end and pad from the tokenizer_config.json beside it, else by the names that everybody uses."""
-    path = folder / "tokenizer_config.json" if folder else None
+    path = folder / TOKENIZER_CONFIG if folder else None
     settings = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 

@@ -11,6 +11,7 @@ from vmd_scale.config import Config
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.planning.memory import BUCKET
+from vmd_scale.planning.workload import fitting_micro_batch
 from vmd_scale.precision import precision_on
 from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
@@ -39,11 +40,6 @@ CONTRADICTIONS = {
 
 def resolve_precision(config: Config, device: torch.device) -> str:
     return precision_on(device, config.training.precision)
-
-
-def fitting_micro_batch(most: int, global_batch: int, ranks: int) -> int | None:
-    """The largest micro-batch, `most` at most, of which that many ranks make a global batch; None where none does."""
-    return next((size for size in range(most, 0, -1) if global_batch % (size * ranks) == 0), None)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -104,6 +104,12 @@ class Trainer:
         self.flops_per_token = flops_of(config, a, world.device.type == "cuda", attended).total
         self.peak_flops = peak_flops(world.device)
 
+    @property
+    def unigram_bits_per_token(self) -> float:
+        """Of the split that bounds are computed on, where there is one: what a model without context could reach."""
+        splits = self.contents[0]
+        return splits.get("validation", splits["train"])["unigram_entropy"] / math.log(2)
+
     @functools.cached_property
     def validation_rows(self) -> ShardReader:
         data, manifest = self.config.data, self.reader.manifest

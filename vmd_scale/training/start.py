@@ -1,7 +1,9 @@
 """Everything before the first step: what can be wrong is found here, on all ranks alike, before memory is taken."""
 
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import Parts
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, all_checkpoints, damage, whole_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
@@ -16,16 +19,18 @@ from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.determinism import be_deterministic
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import get_protocol
-from vmd_scale.files import check_writable, write_atomically
+from vmd_scale.files import check_writable, write_atomically, write_json
+from vmd_scale.initial_weights import fit
 from vmd_scale.model.attention import flash_available
-from vmd_scale.tokenization import Tokenizer, load_tokenizer
+from vmd_scale.tokenization import Tokenizer, keep_tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
 from vmd_scale.training.fp8 import check_fp8
 from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
-from vmd_scale.training.telemetry import start_logging
+from vmd_scale.training.same_run import check_same_run
+from vmd_scale.training.telemetry import FACTS, start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
 log = logging.getLogger(__name__)
@@ -54,6 +59,31 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
                 f"evaluation.protocols: {protocol!r} is an estimate of published code and bounds nothing, so that it "
                 "cannot say which checkpoint is best; evaluate.py computes it"
             )
+
+
+def check_beginning(config: Config, run_folder: Path, tokenizer: Tokenizer, parts: Parts) -> None:
+    """What is wrong with a run's model, its first weights or its folder, before a corpus is prepared for hours.
+
+    The model is built without memory for it. Of the weights, names and shapes are compared; what is damaged inside of
+    a file is found when it is read.
+
+    Raises:
+        UserError: patterns of names that nothing has; see `initial_weights.fit`, `check_same_run`.
+    """
+    resumes = True
+    with suppress(OSError, ValueError, KeyError):  # unreadable, or just being thrown away: resuming finds out
+        resumes = bool(all_checkpoints(run_folder / "checkpoints"))
+        for newest in whole_checkpoints(run_folder / "checkpoints")[-1:]:
+            wanted = json.loads((newest / MANIFEST).read_text())["files"][RUN_STATE]
+            if damage(newest / RUN_STATE, wanted) is None:
+                check_same_run(config, tokenizer.fingerprint, [], newest)
+    try:
+        with torch.device("meta"):
+            model = parts.model(config, tokenizer.vocab_size)
+    except (NotImplementedError, RuntimeError):  # a model of one's own that computes something while it is built
+        return
+    if config.training.init_from is not None and not resumes:
+        fit(model, config.training.init_from, tokenizer.fingerprint)
 
 
 def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None:
@@ -119,7 +149,8 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
         parts: a model or an objective of one's own; docs/extending.md has examples.
 
     Raises:
-        UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `prepare_together`, `pretrain`.
+        UserError, RunFailed: a folder that cannot be made; see `check_before_start`, `check_beginning`,
+            `prepare_together`, `pretrain`.
     """
     config = config.resolved()
     if config.training.deterministic:
@@ -127,6 +158,7 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
+    check_beginning(config, run_folder, tokenizer, parts or Parts())
     hang = config.training.hang_timeout
     world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
     try:
@@ -155,6 +187,8 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
+            write_json(run_folder / FACTS, {"unigram_bits_per_token": trainer.unigram_bits_per_token})
+            keep_tokenizer(tokenizer, run_folder)
         if first >= config.training.steps and not trainer.owes_evaluation:
             log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
             trainer.record("finished", first)

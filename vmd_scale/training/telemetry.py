@@ -18,7 +18,7 @@ from vmd_scale.files import write_atomically
 from vmd_scale.training.wandb_log import WandbLog
 
 METRICS, EVALUATIONS, LATENT, EVENTS = "metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "events.jsonl"
-SAMPLES = "samples.jsonl"
+SAMPLES, FACTS = "samples.jsonl", "facts.json"
 LOG = "log.txt"
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Telemetry:
         if self._wandb is not None:
             self._wandb.metrics(record)
         kl = f", KL {record['kl']:.4f}" if self._has_latent else ""
-        said = f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {record['mfu']:.0%}"
+        said = f"loss {record['loss']:.4f}{kl}, {record['tokens_per_second']:,.0f} tokens/s, MFU {share(record['mfu'])}"
         said += f", {record['peak_memory_gib']:.1f} GiB"
         log.info("step %d of %d: %s, %s left", record["step"], self._steps, said, self._time_left(record["step"]))
         if self._bar is not None:
@@ -104,6 +104,8 @@ class Telemetry:
         """Something that a curve does not show (resumed, skipped, rolled back, ...), in ``events.jsonl``."""
         if self._is_main:
             self._append(EVENTS, {"event": kind, "step": step, "time": round(time.time(), 3), **details})
+            if self._wandb is not None:
+                self._wandb.event(kind, step)
 
     def went_back_to(self, step: int) -> None:
         """What was recorded after `step` is forgotten: these steps are made again."""
@@ -136,6 +138,11 @@ class Telemetry:
             log.error("%s: a record of step %s is lost: %s", name, record["step"], error)
             with suppress(OSError):
                 os.truncate(path, size)  # half a line would spoil the next one
+
+
+def share(value: float) -> str:
+    """A share of something, in percent: with one decimal below 10 %, where it would be a round number or nothing."""
+    return f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
 
 
 def drop_records_after(path: Path, step: int) -> None:

@@ -58,12 +58,13 @@ class WandbLog:
                     id=_id(run_folder),
                     resume="allow",
                     config={**config.publishable(), "code": code_version()},
-                    settings=wandb.Settings(**_patience(wandb.Settings)),
+                    # other ranks wait meanwhile, and at the end GPUs do
+                    settings=wandb.Settings(init_timeout=SECONDS_TO_CONNECT, finish_timeout=FINISH_SECONDS),
                 )
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
                 if attempt != mode:
-                    log.warning("wandb logs offline; send it later: wandb sync --append %s/wandb/offline-*", run_folder)
+                    log.warning("wandb logs offline; send it later: wandb sync %s/wandb/offline-run-*", run_folder)
                 return cls(wandb, run)
             except Exception as error:  # no network, no login, a broken installation
                 log.warning("wandb does not start %s: %s", attempt, _first_line(error))
@@ -98,6 +99,10 @@ class WandbLog:
             self._run.log({"step": step, "samples": table})
 
         self._try(send)
+
+    def event(self, kind: str, step: int) -> None:
+        """A point where a curve shows none; events.jsonl has its details."""
+        self._try(lambda: self._run.log({"step": step, f"event/{kind}": 1}))
 
     def close(self, failed: bool = False) -> None:
         """Send the rest; but GPUs do not wait long for a network."""
@@ -136,13 +141,6 @@ def code_version() -> dict[str, str]:
         "python": platform.python_version(),
         "host": platform.node(),
     }
-
-
-def _patience(known: Any) -> dict[str, float]:
-    """How long wandb may wait for its server, in seconds; other ranks wait meanwhile, and at the end GPUs do."""
-    wanted = {"init_timeout": SECONDS_TO_CONNECT, "finish_timeout": FINISH_SECONDS}
-    fields = getattr(known, "model_fields", wanted)  # the last one is newer than what pyproject.toml allows
-    return {name: seconds for name, seconds in wanted.items() if name in fields}
 
 
 def _id(run_folder: Path) -> str:

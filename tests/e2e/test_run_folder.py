@@ -1,0 +1,127 @@
+"""A run folder stands alone: it keeps its tokenizer, and says what docs/metrics.md says that it says."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmd_scale.checkpoints import load_trained
+from vmd_scale.data.manifest import read_manifest
+from vmd_scale.errors import UserError
+from vmd_scale.finetuning import finetuning_config
+from vmd_scale.tokenization import KEPT, keep_tokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "metrics.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The files of a tokenizer that no name stands for."""
+    folder = tmp_path_factory.mktemp("files")
+    keep_tokenizer(load_tokenizer("text8"), folder)
+    return folder / KEPT
+
+
+@pytest.fixture(scope="module")
+def run(lab, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    settings = ("training.steps=4", "evaluation.every=4", "evaluation.samples=2", f"data.tokenizer={tokenizer}")
+    lab.pretrain(folder, *settings, ranks=1)
+    return folder
+
+
+@pytest.fixture
+def moved(tokenizer, tmp_path):
+    tokenizer.rename(tmp_path / "elsewhere")
+    yield
+    (tmp_path / "elsewhere").rename(tokenizer)
+
+
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def documented(file):
+    """Keys in the first column of the table below a file's heading."""
+    section = PAGE.split(f"## {file}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_a_run_needs_nothing_of_where_its_tokenizer_was(lab, run, moved, tmp_path):
+    assert load_trained(run).tokenizer.fingerprint == load_tokenizer("text8").fingerprint
+    drawn = lab.command(
+        [sys.executable, str(ROOT / "launchers/sample.py"), "--checkpoint", str(run), "--steps", "2", "--count", "1"],
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    assert drawn.code == 0, drawn.text
+    tuned = finetuning_config(str(run), "text", "new.txt", tmp_path / "tuned")
+    assert load_tokenizer(tuned.data.tokenizer).fingerprint == load_tokenizer("text8").fingerprint
+    assert tuned.evaluation.samples == 2  # else a run on prompts would show none
+
+
+def test_a_run_of_before_keeps_no_tokenizer(run, tokenizer, tmp_path):
+    (run / KEPT).rename(tmp_path / "kept")
+    try:
+        assert load_trained(run).tokenizer.vocab_size == 27
+        tokenizer.rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=rf"data\.tokenizer '{tokenizer}'"):
+            load_trained(run)
+        (tmp_path / "elsewhere").rename(tokenizer)
+    finally:
+        (tmp_path / "kept").rename(run / KEPT)
+
+
+def test_another_tokenizer_in_the_folder_is_refused(run, tmp_path):
+    (run / KEPT).rename(tmp_path / "kept")
+    try:
+        keep_tokenizer(load_tokenizer("sudoku"), run)
+        with pytest.raises(UserError, match="not the same tokenizer"):
+            load_trained(run)
+        for file in (run / KEPT).iterdir():
+            file.unlink()
+        (run / KEPT).rmdir()
+    finally:
+        (tmp_path / "kept").rename(run / KEPT)
+
+
+def test_a_prompt_of_which_nothing_is_left_is_no_prompt(lab, run):
+    """Its samples would be unconditional, and be said to continue it."""
+    wanted = ("--checkpoint", run, "--steps", 2, "--count", 1, "--prompt")
+    lost = lab.launch("sample", *wanted, "你好")
+    assert lost.code == 2
+    assert lost.errors == [
+        "error: --prompt '你好': data.normalizer 'text8', the clean-up of the training texts, leaves nothing"
+    ]
+    in_part = lab.launch("sample", *wanted, "Ask 你好!")
+    assert in_part.code == 0, in_part.text
+    assert "leaves of the prompt: ' ask'" in in_part.text
+    assert "leaves" not in lab.launch("sample", *wanted, "ask the model").text
+
+
+def test_the_unigram_entropy_is_recorded(run, lab):
+    """For the line in the picture of bounds."""
+    entropy = read_manifest(lab.shards).splits["validation"].unigram_entropy
+    facts = json.loads((run / "facts.json").read_text())
+    assert facts["unigram_bits_per_token"] == pytest.approx(entropy / math.log(2))
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "evaluations.jsonl", "latent.jsonl", "samples.jsonl"])
+def test_what_is_written_is_documented_key_by_key(run, file):
+    keys = documented(file)
+    assert len(keys) == len(set(keys))
+    written = {key for record in records(run / file) for key in record}
+    assert written
+    assert set(keys) - {"caveat"} == written - {"caveat"}
+
+
+def test_events_are_documented():
+    source = (ROOT / "vmd_scale" / "training" / "loop.py").read_text()
+    assert set(documented("events.jsonl")) == set(re.findall(r'telemetry\.event\("([^"]+)"', source))
+    for key in re.findall(r'telemetry\.event\("[^"]+", [^,)]+, (\w+)=', source):
+        assert f"`{key}`" in PAGE.split("## events.jsonl")[1]

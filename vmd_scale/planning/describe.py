@@ -1,0 +1,111 @@
+"""Plans in words: of one configuration, of several side by side, and of a run on the device at hand."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from vmd_scale.config import Config
+from vmd_scale.model import Architecture
+from vmd_scale.planning.activations import count_parameters, without_memory
+from vmd_scale.planning.hardware import GIB
+from vmd_scale.planning.memory import memory_of
+from vmd_scale.planning.plan import CURVE, USABLE, Plan
+from vmd_scale.planning.workload import flops_of
+
+MIB = 2**20
+
+
+def describe(plan: Plan, gpus: int) -> str:
+    """The text of ``launchers/plan.py``."""
+    config, gpu, flops = plan.config, plan.gpu, plan.flops
+    shares = ", ".join(f"{name} {value / flops.total:.0%}" for name, value in asdict(flops).items() if value)
+    lines = [
+        f"parameters        denoiser {plan.denoiser:,}   encoder {plan.parameters - plan.denoiser:,}",
+        f"tokens            {plan.tokens:,}, {plan.tokens / plan.parameters:,.1f} a parameter",
+        f"FLOPs per token   {flops.total:,.0f} (forward and backward: {shares})",
+        "",
+        f"memory of a GPU in GiB, {gpus} x {gpu.name} ({gpu.memory / GIB:.0f} GiB, of which {USABLE:.0%} may be "
+        f"filled), {plan.precision}, micro-batch {config.training.micro_batch}, "
+        f"checkpointing {config.training.activation_checkpointing}",
+    ]
+    parts = list(asdict(plan.memory(gpus)))
+    lines.append(f"{'ZeRO':<6}" + "".join(f"{part:>12}" for part in (*parts, "total")) + "   largest micro  efficiency")
+    for stage in range(4):
+        memory, speed = plan.memory(gpus, stage), plan.speed(gpus, stage)
+        values = "".join(f"{value / GIB:>12.2f}" for value in (*asdict(memory).values(), memory.total))
+        marks = [
+            *(["configured"] if stage == config.zero_stage else []),
+            *(["too large"] if memory.total > plan.room else []),
+            *(["not with bf16"] if stage == 0 and plan.precision == "bf16" else []),
+        ]
+        mark = f" <- {', '.join(marks)}" if marks else ""
+        lines.append(f"{stage:<6}{values}{plan.largest_micro_batch(gpus, stage):>16}{speed.efficiency:>12.0%}{mark}")
+    lines += [
+        "",
+        f"expected, computation at {plan.mfu:.0%} of {gpu.peak_flops / 1e12:,.0f} TFLOP/s, ${gpu.price:.2f} a GPU-hour",
+        "efficiency: what communication leaves of it; growing: with a micro-batch a GPU at least",
+        f"{'GPUs':>6}{'rows a step':>13}{'micro':>7}{'step s':>9}{'tokens/s':>13}{'a GPU':>10}{'MFU':>6}{'days':>10}"
+        f"{'dollars':>11}{'efficiency':>12}{'growing':>9}",
+    ]
+    for speed in plan.curve(sorted({*CURVE, gpus})):
+        mark = (" <-" if speed.gpus == gpus else "") + ("" if speed.fits else " too large")
+        lines.append(
+            f"{speed.gpus:>6}{speed.rows_in_step:>13,}{speed.micro_batch:>7}{speed.step_seconds:>9.3f}"
+            f"{speed.tokens_per_second:>13,.0f}{speed.tokens_per_second / speed.gpus:>10,.0f}{speed.mfu:>6.0%}"
+            f"{speed.days:>10,.2f}{speed.price:>11,.0f}{speed.efficiency:>12.0%}{plan.weak_efficiency(speed.gpus):>9.0%}"
+            f"{mark}"
+        )
+    return "\n".join(lines)
+
+
+def describe_several(plans: Mapping[str, Plan], gpus: int) -> str:
+    """Configurations by name, a line each, on so many GPUs."""
+    gpu = next(iter(plans.values())).gpu
+    width = max(map(len, plans))
+    lines = [
+        f"on {gpus} x {gpu.name}, computation at {next(iter(plans.values())).mfu:.0%} of the peak; GiB are of a GPU",
+        f"{'':<{width}}{'denoiser':>10}{'encoder':>10}{'tokens':>10}{'ZeRO':>6}{'micro':>7}{'checkpointing':>15}{'GiB':>7}"
+        f"{'tokens/s':>13}{'a GPU':>10}{'days':>9}{'dollars':>11}",
+    ]
+    for name, plan in plans.items():
+        speed, config = plan.speed(gpus), plan.config
+        lines.append(
+            f"{name:<{width}}{_large(plan.denoiser):>10}{_large(plan.parameters - plan.denoiser):>10}"
+            f"{_large(plan.tokens):>10}{config.zero_stage:>6}{speed.micro_batch:>7}"
+            f"{config.training.activation_checkpointing:>15}{plan.memory(gpus).total / GIB:>7.1f}"
+            f"{speed.tokens_per_second:>13,.0f}{speed.tokens_per_second / gpus:>10,.0f}{speed.days:>9,.2f}"
+            f"{speed.price:>11,.0f}{'' if speed.fits else ' too large'}"
+        )
+    return "\n".join(lines)
+
+
+def _large(number: float) -> str:
+    """1,234,000,000 as 1.23 B."""
+    size, letter = next((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1, "")) if number >= s or s == 1)
+    return f"{number / size:.3g} {letter}"
+
+
+def describe_run(
+    config: Config, a: Architecture, world_size: int, precision: str, on_gpu: bool, peak: float | None = None
+) -> str:
+    """The text of ``pretrain.py --dry-run``: this run, on the device at hand."""
+    flops, training = flops_of(config, a, on_gpu).total, config.training
+    model = without_memory(a)
+    denoiser, parameters = count_parameters(model.denoiser), count_parameters(model)
+    tokens = training.steps * training.global_batch * config.data.row_length
+    memory = memory_of(config, a, world_size, precision, on_gpu)
+    lines = [
+        f"parameters        denoiser {denoiser:,}   encoder {parameters - denoiser:,}",
+        f"tokens            {tokens:,} in {training.steps:,} steps "
+        f"of {training.global_batch} rows x {config.data.row_length}",
+        f"FLOPs per token   {flops:,.0f} (forward and backward)",
+        f"FLOPs in all      {flops * tokens:.3g}",
+        f"memory per rank   {memory.total / MIB:,.0f} MiB on {world_size} rank(s), ZeRO stage {config.zero_stage}",
+    ]
+    lines += [f"    {name:<13} {value / MIB:>12,.1f} MiB" for name, value in asdict(memory).items()]
+    if peak:
+        hours = flops * tokens / (peak * world_size) / 3600
+        lines.append(
+            f"hours             {hours:,.2f} at the peak of this device ({peak / 1e12:,.2f} TFLOP/s a rank); "
+            f"{hours / 0.4:,.2f} at 40 % of it"
+        )
+    return "\n".join(lines)
