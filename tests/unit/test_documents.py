@@ -13,6 +13,7 @@ from torch import Tensor
 from vmd_scale.build import masks_of
 from vmd_scale.config import DataConfig
 from vmd_scale.data.loader import evaluation_batches
+from vmd_scale.data.mixture import attended_positions
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted
@@ -212,3 +213,35 @@ def test_from_shards_to_documents(tmp_path: Path) -> None:
     assert 1 < int(attend.max()) <= 4
     found = sum(int(attend[n].max()) for n in range(len(attend)))
     assert found == 300 + record.split_documents  # none of them is longer than two rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tight"),
+    [([16], 1.0), ([5, 6, 7], 0.95), ([5, 30, 60], 0.6), ([90], 0.7), ([64 * 9 + 1], 0.85), ([5, 300], 0.2)],
+    ids=str,
+)
+def test_attention_inside_documents_is_not_counted_for_more_than_it_is(
+    lengths: list[int], tight: float, tmp_path: Path
+) -> None:
+    """To how many positions one attends, padding apart: of documents of one length exactly, else a lower bound."""
+    texts = ["x" * (lengths[n % len(lengths)]) for n in range(240)]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    config = DataConfig(
+        corpus="text", source={"train": str(tmp_path / "text.txt")}, tokenizer="text8", normalizer="text8",
+        row_length=64, packing="document", documents_per_row=4, shards=str(tmp_path / "shards"), weight=3.0,
+    )  # fmt: skip
+    manifest = prepare(config, progress=False)
+    reader = ShardReader(config.shards, "train")
+    (batch,) = evaluation_batches(reader, np.arange(reader.rows), reader.rows)
+    _, attend = masks_of(batch, manifest)
+    assert attend is not None
+    attended = float(((attend[:, :, None] == attend[:, None, :]) & (attend > 0)[:, :, None]).sum(-1).double().mean())
+    assert tight * attended <= manifest.attended_positions("train") <= attended * (1 + 1e-12)
+    other = config.model_copy(update={"weight": 1.0})
+    mixed = config.model_copy(update={"mixture": ({**other.model_dump(exclude={"mixture"}), "shards": "b"},)})
+    nothing = manifest.model_copy(
+        update={"splits": {"train": manifest.splits["train"].model_copy(update={"rows": 10**9})}}
+    )
+    found = attended_positions(mixed, [manifest, nothing])
+    assert found == pytest.approx(0.75 * manifest.attended_positions("train"), rel=1e-4)
+    assert attended_positions(config.model_copy(update={"packing": "wrap"}), [manifest]) is None

@@ -116,6 +116,16 @@ def test_flops_where_attention_skips_what_is_hidden_are_those_of_the_pairs_that_
     assert dense.denoiser - found.denoiser == pytest.approx(3 * a.layers * 4 * a.width * pairs / length)
 
 
+@pytest.mark.parametrize("latent", [0, 16])
+def test_flops_where_attention_stays_inside_documents_are_those_of_shorter_rows(latent):
+    a = build_architecture(config_of(latent={"width": latent}, diffusion={"objective": "nelbo"}), VOCABULARY)
+    found, shorter = FlopsPerToken.of(a, 0.5, attended=20), FlopsPerToken.of(replace(a, row_length=20), 0.5)
+    assert found.denoiser == shorter.denoiser < FlopsPerToken.of(a, 0.5).denoiser
+    assert found.head == shorter.head
+    pooled = 3 * 2 * a.encoder_width * 2 * latent
+    assert found.encoder - pooled / a.row_length == pytest.approx(shorter.encoder - pooled / 20)
+
+
 def test_the_fused_loss_computes_the_head_three_times_and_the_recomputed_one_four(monkeypatch):
     config = config_of()
     model, found = build_model(config, VOCABULARY), []

@@ -11,7 +11,7 @@ from watching import Watch
 from vmd_scale.diffusion.corruption import INDEX_MULTIPLE
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.objective import Nelbo, Surrogate
-from vmd_scale.model import VMD, head
+from vmd_scale.model import VMD, head, vmd
 
 ROWS, LENGTH, VOCAB = 4, 64, 3000
 
@@ -26,11 +26,13 @@ def network(latent=8, **changes):
 def prepared(model, kind="vmd", step=0):
     a = model.architecture
     shared = {"law": "balanced", "groups": a.groups, "latent_width": a.latent_width, "mask_id": a.mask_id}
-    shared["noise"] = Noise(0)
+    shared |= {"noise": Noise(0), "documents": a.documents}
     objective = Nelbo(steps=(1, 4, math.inf), **shared) if kind == "nelbo" else Surrogate(**shared)
     clean = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
-    everything = torch.ones_like(clean, dtype=torch.bool)
-    return objective, objective.prepare(clean, everything, None, step, torch.arange(ROWS), ROWS)
+    everything, attend = torch.ones_like(clean, dtype=torch.bool), None
+    if a.documents > 1:
+        attend = (torch.arange(LENGTH) * a.documents // LENGTH + 1).int().expand(ROWS, -1)
+    return objective, objective.prepare(clean, everything, attend, step, torch.arange(ROWS), ROWS)
 
 
 def watched(model, kind="vmd"):
@@ -76,7 +78,11 @@ def test_the_head_multiplies_masked_positions_only_and_each_once(monkeypatch):
 
 @pytest.mark.parametrize("latent", [0, 8])
 @pytest.mark.parametrize("kind", ["vmd", "nelbo"])
-@pytest.mark.parametrize("changes", [{}, {"prior": "conditional"}, {"groups": 4}], ids=["row", "prior", "blocks"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"prior": "conditional"}, {"groups": 4}, {"documents": 3}],
+    ids=["row", "prior", "blocks", "documents"],
+)
 def test_nothing_in_a_step_waits_for_the_device(latent, kind, changes, monkeypatch):
     if (not latent and (kind == "vmd" or "prior" in changes)) or (changes and kind == "vmd"):
         pytest.skip("no such model")
@@ -157,13 +163,28 @@ def test_checkpointing_changes_memory_and_nothing_else(kind, changes):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_nothing_in_a_step_waits_for_a_gpu():
-    model = network().cuda().bfloat16()
+@pytest.mark.parametrize("documents", [1, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_in_a_step_waits_for_a_gpu(fused, compiled, documents, monkeypatch):
+    """Logits in one piece, and in chunks by the fused loss; blocks and loss compiled; rows of several documents."""
+    losses = []
+    monkeypatch.setattr(vmd, "weighted_nll", lambda *a: losses.append(a[5]) or head.weighted_nll(*a))
+    if fused:
+        monkeypatch.setattr(head, "CHUNK_ELEMENTS", CHUNK)
+        monkeypatch.setattr(head, "GPU_CHUNK_ELEMENTS", CHUNK)
+    torch._dynamo.reset()
+    model = network(documents=documents).cuda().bfloat16()
+    if compiled:
+        model.compiled_loss = True
+        model.compile_blocks(dynamic=False)
     objective, x = prepared(model)
     x = x.to(torch.device("cuda"))
-    objective(model, x, 1.0).total.backward()
+    for _ in range(2):
+        objective(model, x, 1.0).total.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         objective(model, x, 1.0).total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert losses == ([compiled] * 3 if fused else [])

@@ -94,6 +94,18 @@ class Manifest(Record):
         counts = {"rows": record.rows, "counted_tokens": record.counted_tokens, "characters": record.characters}
         return {**counts, "unigram_entropy": round(record.unigram_entropy, 9)}  # its last bits are the machine's
 
+    def attended_positions(self, split: str) -> float:
+        """To how many positions one attends, where attention stays inside documents (packing document), at least.
+
+        The mean over all positions, padding apart. Squared lengths of documents add up to the least where all are
+        equally long, which is all that is known of them.
+        """
+        record = self.splits[split]
+        documents: float = max(1, record.documents)
+        if record.split_documents:  # into no more than they fill rows, and one
+            documents += record.counted_tokens / self.row_length
+        return record.counted_tokens**2 / documents / (record.rows * self.row_length)
+
     @property
     def numpy_dtype(self) -> np.dtype:
         """The dtype on disk, little-endian everywhere."""

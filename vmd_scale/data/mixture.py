@@ -109,6 +109,14 @@ def training_rows(
     return MixtureReader(readers), order
 
 
+def attended_positions(data: DataConfig, manifests: Sequence[Manifest]) -> float | None:
+    """To how many positions one attends in training, at least; None: to all of a row. See `Manifest`."""
+    if data.packing != "document":
+        return None
+    of_corpora = [manifest.attended_positions("train") for manifest in manifests]
+    return float(np.average(of_corpora, weights=[each.weight for each in data.corpora()]))
+
+
 def quotas_of(weights: Sequence[float]) -> list[int]:
     """Positions of each corpus in a period: the smallest whole numbers in these proportions, or the nearest ones."""
     exact = [Fraction(str(weight)) for weight in weights]

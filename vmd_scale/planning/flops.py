@@ -25,19 +25,24 @@ class FlopsPerToken:
         return self.denoiser + self.head + self.encoder + self.latent
 
     @classmethod
-    def of(cls, a: Architecture, masked: float, passes: float = 1.0, skips: bool = False) -> "FlopsPerToken":
+    def of(
+        cls, a: Architecture, masked: float, passes: float = 1.0, skips: bool = False, attended: float | None = None
+    ) -> "FlopsPerToken":
         """
         Args:
             masked: share of the positions at which the head is computed.
             passes: forwards of the denoiser for one row.
             skips: attention leaves out what block diffusion's mask hides, as FlexAttention does (but for the rest of
                 its tiles, which is not counted).
+            attended: positions of a row of several documents that one attends to, where a kernel computes no others;
+                None stands for the whole row.
         """
+        length = a.row_length if attended is None else attended
         halves = 2 if a.groups > 1 else 1  # the block variant runs over [noisy ; clean]
         seen = (1 + 1 / a.groups) / 4 if skips and a.groups > 1 else 1.0  # of [noisy ; clean] by itself
-        blocks = a.layers * _block(a, a.width, seen * halves * a.row_length)
+        blocks = a.layers * _block(a, a.width, seen * halves * length)
         readers = (2 if a.prior == "conditional" else 1) if a.latent_width else 0
-        encoder = a.encoder_layers * _block(a, a.encoder_width, a.row_length)
+        encoder = a.encoder_layers * _block(a, a.encoder_width, length)
         latents = max(a.groups, a.documents)  # of a row
         encoder += 2 * a.encoder_width * 2 * a.latent_width * latents / a.row_length
         if a.documents > 1:  # the mean of each; the matrix that says which positions are its own gets no gradient

@@ -29,7 +29,12 @@ def masked_share(config: Config) -> float:
     return sum(0.5 + 0.5 / T for T in steps) / len(steps)  # mean of k/T over k = 1..T; 1/2 for T = inf
 
 
-def flops_of(config: Config, architecture: Architecture, on_gpu: bool = False) -> FlopsPerToken:
-    """Of a training step; on a GPU, where FlexAttention does not compute what no position of a block sees."""
+def flops_of(
+    config: Config, architecture: Architecture, on_gpu: bool = False, attended: float | None = None
+) -> FlopsPerToken:
+    """Of a training step; on a GPU, where FlexAttention does not compute what no position of a block sees.
+
+    `attended`: where attention stays inside documents, to how many positions one attends; None: to all of a row.
+    """
     skips = on_gpu and config.model.attention in ("auto", "flash", "flex")
-    return FlopsPerToken.of(architecture, masked_share(config), denoiser_passes(config), skips)
+    return FlopsPerToken.of(architecture, masked_share(config), denoiser_passes(config), skips, attended)

@@ -17,12 +17,13 @@ from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.manifest import contents_of, manifests_of
-from vmd_scale.data.mixture import training_rows
+from vmd_scale.data.mixture import attended_positions, training_rows
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.initial_weights import initialize_from
+from vmd_scale.model.attention import Flash
 from vmd_scale.planning.hardware import peak_flops
 from vmd_scale.planning.peaks import peak_of_process
 from vmd_scale.planning.workload import flops_of
@@ -98,7 +99,9 @@ class Trainer:
         self.rollbacks, self.stopped = 0, False
         self.owes_evaluation = False  # a stop request has cut short that of the present step
         a = build_architecture(config, tokenizer.vocab_size)
-        self.flops_per_token = flops_of(config, a, world.device.type == "cuda").total
+        varlen = self.precision == "bf16" and isinstance(model.denoiser.blocks.kernel, Flash)
+        attended = attended_positions(config.data, manifests) if varlen else None
+        self.flops_per_token = flops_of(config, a, world.device.type == "cuda", attended).total
         self.peak_flops = peak_flops(world.device)
 
     @property
