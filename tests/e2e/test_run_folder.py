@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from vmd_scale.build import build_model
 from vmd_scale.checkpoints import load_trained
+from vmd_scale.config_file import parse_config
 from vmd_scale.data.manifest import read_manifest
 from vmd_scale.errors import UserError
 from vmd_scale.finetuning import finetuning_config
+from vmd_scale.initial_weights import fit
 from vmd_scale.tokenization import KEPT, keep_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +106,19 @@ def test_a_prompt_of_which_nothing_is_left_is_no_prompt(lab, run):
     assert in_part.code == 0, in_part.text
     assert "leaves of the prompt: ' ask'" in in_part.text
     assert "leaves" not in lab.launch("sample", *wanted, "ask the model").text
+
+
+def test_first_weights_that_are_a_run_are_compared_without_reading_them(run, monkeypatch):
+    monkeypatch.setattr("vmd_scale.checkpoints.sha256_of", None)
+    values = json.loads((run / "config.json").read_text())
+    with torch.device("meta"):
+        same = build_model(parse_config(values, "same"), 27)
+        deeper = build_model(parse_config(values, "deeper", ["model.layers=3"]), 27)
+    assert {name: value.shape for name, value in fit(same, str(run)).filled.items()} == {
+        name: value.shape for name, value in same.state_dict().items()
+    }
+    with pytest.raises(UserError, match=r"has no denoiser\.blocks\.2\."):
+        fit(deeper, str(run))
 
 
 def test_the_unigram_entropy_is_recorded(run, lab):
