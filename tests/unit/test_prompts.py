@@ -63,7 +63,7 @@ def test_a_label_is_filled_up_to_the_longest(tmp_path):
     config = config_of(tmp_path, "labels", [{"prompt": p, "label": lab} for p, lab in NEWS])
     prepare(config.data, progress=False)
     assert choices_of(config.data) == (" x", " yy")
-    # too long, the third loses its end
+    # the third is too long: it loses its end
     assert [shown(config, n) for n in range(4)] == ["[aa] x ", "[bb c] yy", "[defghijkl] x ", "[] yy"]
     names, tokens = label_tokens(config, load_tokenizer("text8"))
     assert [load_tokenizer("text8").decode(row) for row in tokens] == [" x ", " yy"]
