@@ -23,6 +23,7 @@ DERIVED = (  # keys of the deepspeed section that follow from the batch, which i
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
+LABEL_KL_WEIGHT = 20.0  # as good as infinite
 MICRO_BATCH = 8  # at most, where the weights were not trained with less
 TRAINING = {
     "steps": 500,
@@ -68,6 +69,8 @@ def finetuning_config(
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     if corpus == LABELS:
         values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
+        # And z by the prior: had it told the label in training, nothing would have been learned from the text.
+        values["diffusion"]["kl_weight"] = {"start": LABEL_KL_WEIGHT, "end": LABEL_KL_WEIGHT, "warmup_steps": 0}
     old = values["data"]
     of_text8 = old["tokenizer"] in TEXT8 and corpus in (*WITH_PROMPTS, "text")
     values["data"] = {

@@ -65,6 +65,17 @@ def test_a_shard_of_an_export_that_is_gone_is_an_error(tmp_path):
         (tmp_path / "aside").rename(shard)
 
 
+def test_labels_are_learned_as_they_are_scored(tmp_path):
+    """In one step, with z from the prior: the posterior has nothing to gain by telling the label."""
+    base = config_of(diffusion={"objective": "nelbo", "steps": [1, 4], "kl_weight": {"end": 0.5, "warmup_steps": 9}})
+    labels = finetuning_config("w.pt", "labels", "new.jsonl", tmp_path / "run", base=base).diffusion
+    assert labels.steps == (1,)
+    assert {labels.kl_weight.at(step) for step in (0, 5, 100)} == {20}
+    text = tune("w.pt", tmp_path, base=base).diffusion
+    assert text.steps == (1, 4)
+    assert {text.kl_weight.at(step) for step in (0, 5, 100)} == {0.5}
+
+
 def test_the_engine_is_that_of_the_weights(tmp_path):
     """What was needed to fit into memory once is needed again; a smaller micro-batch stays one."""
     base = load_config(CONFIGS / "ladder" / "8b.json")
