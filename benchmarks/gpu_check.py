@@ -62,7 +62,7 @@ GOALS = (
         5e4,
     ),
 )
-GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py")
+GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py", "test_determinism.py", "test_sampler.py")
 GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_planning.py", "test_fp8.py")
 
 

@@ -44,6 +44,13 @@ def test_gpu_check_tries_every_part_where_little_is_installed(tmp_path):
     assert {"mdm", "vmd"} <= set(found["throughput 110M"])
 
 
+def test_gpu_check_runs_every_test_that_needs_a_gpu():
+    script = (ROOT / "benchmarks" / "gpu_check.py").read_text()
+    tests = [path for path in (ROOT / "tests" / "unit").glob("test_*.py") if 'reason="needs a GPU"' in path.read_text()]
+    assert len(tests) > 5
+    assert [path.name for path in tests if f'"{path.name}"' not in script] == []
+
+
 def test_gpu_check_trains_and_resumes(tmp_path):
     file, trainers = tmp_path / "check.json", ("trainer 110M", "trainer 110M, Muon", "trainer 1B")
     said = run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", *trainers, "resume")
