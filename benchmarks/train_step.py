@@ -11,7 +11,7 @@ as it is, and `peak_mib` is what it takes beside weights and optimizer. On a GPU
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,19 @@ def techniques(vocab: int, rows: int, rounds: int, device: torch.device) -> dict
     for kind in ("selective", "full"):
         step = steps[f"checkpointing: {kind}"] = BareStep(a, rows, device, dtype, compiled=on_gpu)
         step.model.checkpoint_activations(kind)
-    times = in_turns(steps, rounds)
+    return beside(steps, "as it is", "speed", rounds, device)
+
+
+def beside(
+    cases: Mapping[str, Callable[[], object]], first: str, column: str, rounds: int, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of each case, its speed against the `first` one in a column of that name, and its peak memory."""
+    times = in_turns(cases, rounds)
     return {
         name: {
             "seconds": seconds,
-            "speed": ratio(times, "as it is", name),
-            "peak_mib": peak_bytes(steps[name], device) / 2**20,
+            column: ratio(times, first, name),
+            "peak_mib": peak_bytes(cases[name], device) / 2**20,
         }
         for name, seconds in medians(times).items()
     }
@@ -105,15 +112,7 @@ def head_only_where_masked(vocab: int, rows: int, rounds: int, device: torch.dev
 
     ways = {"full logits": full, "gathered, recomputed": recomputed, "gathered, fused": fused}
     cases = {name: with_gradient(way) for name, way in ways.items()}
-    times = in_turns(cases, rounds)
-    return {
-        name: {
-            "seconds": seconds,
-            "speedup": ratio(times, "full logits", name),
-            "peak_mib": peak_bytes(cases[name], device) / 2**20,
-        }
-        for name, seconds in medians(times).items()
-    }
+    return beside(cases, "full logits", "speedup", rounds, device)
 
 
 def overhead(rows: int, rounds: int, folder: Path) -> dict[str, Any]:
