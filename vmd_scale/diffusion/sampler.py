@@ -151,7 +151,7 @@ class _Walk:
                 self.order = self._uniform(Stream.SAMPLE_PATH, substep(group, k))
                 self.u = self._uniform(Stream.SAMPLE_TOKEN, substep(group, k))
             ratio = (masked.sum(-1) / count.clamp(min=1))[rows, None]
-            hidden = self._hidden(self._sent(rows), group, self._sent(ratio))
+            hidden = self._hidden(rows, group, self._sent(ratio))
             priority = self.order[rows, inside]
             if sampler.by_confidence:
                 # Of the row's own steps, not of those beside it.
@@ -208,13 +208,15 @@ class _Walk:
 
     def _hidden(self, rows: Tensor, group: int, ratio: Tensor) -> Tensor:
         """Hidden states of one block of some rows, [n, L / G, D]."""
-        attend = None if self.attend is None else self.attend[rows]
-        z = None if self.z is None else self.z[rows, group : group + 1]
-        modulations = self.modulations and [layer[rows, group : group + 1] for layer in self.modulations]
+        # All of them, as most often, are taken as they are: picked, they would be copied, modulations layer by layer.
+        of: Tensor | slice = self._sent(rows) if len(rows) < len(self.x) else slice(None)
+        attend = None if self.attend is None else self.attend[of]
+        z = None if self.z is None else self.z[of, group : group + 1]
+        modulations = self.modulations and [layer[of, group : group + 1] for layer in self.modulations]
         if self.past is None:
-            return self.model.denoiser(self.x[rows], z, attend, ratio, modulations=modulations)
-        past = [layer.rows(rows) for layer in self.past] if len(rows) < len(self.x) else self.past
-        block = self.x[rows, group * self.size : (group + 1) * self.size]
+            return self.model.denoiser(self.x[of], z, attend, ratio, modulations=modulations)
+        past = [layer.rows(of) for layer in self.past] if isinstance(of, Tensor) else self.past
+        block = self.x[of, group * self.size : (group + 1) * self.size]
         return self.model.denoiser.forward_block(block, group, past, z, attend, ratio, modulations=modulations)
 
     def _sureness(self, hidden: Tensor, masked: Tensor, u: Tensor, fade: Tensor) -> Tensor:
