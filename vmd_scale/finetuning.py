@@ -66,11 +66,11 @@ def finetuning_config(
     values, tokenizer = (base.model_dump(mode="json"), base.data.tokenizer) if base else _of_weights(weights)
     has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
-    values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     if corpus == LABELS:
         values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
         # And z by the prior: had it told the label in training, nothing would have been learned from the text.
-        values["diffusion"]["kl_weight"] = {"start": LABEL_KL_WEIGHT, "end": LABEL_KL_WEIGHT, "warmup_steps": 0}
+        weight = LABEL_KL_WEIGHT
+    values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     old = values["data"]
     of_text8 = old["tokenizer"] in TEXT8 and corpus in (*WITH_PROMPTS, "text")
     values["data"] = {

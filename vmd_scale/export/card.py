@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmd_scale import __version__
-from vmd_scale.checkpoints import TrainedModel, checkpoint_id
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id, run_folder_of
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.perplexity import Result, read_results
@@ -63,7 +63,7 @@ def results_of(trained: TrainedModel, named: Path | None) -> list[Result]:
                 )
         return results
     found: list[Result] = []
-    run = trained.checkpoint.parent.parent
+    run = run_folder_of(trained.checkpoint)
     if (run / RUN_RESULTS[0]).is_file():
         lines = (run / RUN_RESULTS[0]).read_text(encoding="utf-8").splitlines()
         found += [checked(Result, json.loads(line), str(run / RUN_RESULTS[0])) for line in lines if line.endswith("}")]
@@ -79,7 +79,7 @@ def accuracies_of(trained: TrainedModel) -> list[Accuracy]:
     Raises:
         UserError: a file that finetune.py has not written.
     """
-    file = trained.checkpoint.parent.parent / CLASSIFICATION
+    file = run_folder_of(trained.checkpoint) / CLASSIFICATION
     if not file.is_file():
         return []
     found = read_json(file, list[Accuracy])

@@ -59,10 +59,9 @@ def describe(plan: Plan, gpus: int) -> str:
 
 def describe_several(plans: Mapping[str, Plan], gpus: int) -> str:
     """Configurations by name, a line each, on so many GPUs."""
-    gpu = next(iter(plans.values())).gpu
-    width = max(map(len, plans))
+    first, width = next(iter(plans.values())), max(map(len, plans))
     lines = [
-        f"on {gpus} x {gpu.name}, computation at {next(iter(plans.values())).mfu:.0%} of the peak; GiB are of a GPU",
+        f"on {gpus} x {first.gpu.name}, computation at {first.mfu:.0%} of the peak; GiB are of a GPU",
         f"{'':<{width}}{'denoiser':>10}{'encoder':>10}{'tokens':>10}{'ZeRO':>6}{'micro':>7}{'checkpointing':>15}{'GiB':>7}"
         f"{'tokens/s':>13}{'a GPU':>10}{'days':>9}{'dollars':>11}",
     ]
