@@ -158,10 +158,11 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     check_writable(run_folder / "config.json", "--output")
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
-    check_beginning(config, run_folder, tokenizer, parts or Parts())
     hang = config.training.hang_timeout
     world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
     try:
+        # On one rank: a checkpoint that it looks into has a file of each of the ranks that wrote it.
+        world.on_main(lambda: check_beginning(config, run_folder, tokenizer, parts or Parts()))
         prepare_together(config, world, tokenizer)
         run_folder.mkdir(parents=True, exist_ok=True)
         start_logging(run_folder, world.rank)
