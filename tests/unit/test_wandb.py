@@ -185,7 +185,8 @@ def test_the_real_one_takes_all_of_it_and_its_sync_joins_the_starts(tmp_path, mo
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"][1:]
     started = sorted((run / "wandb").glob("offline-run-*"))
     assert len(started) == 2
-    assert {folder.name.rpartition("-")[2] for folder in started} == {(run / "wandb_id").read_text().strip()}
+    (identifier,) = {path.name for folder in started for path in folder.glob("*.wandb")}  # one run, two starts
+    assert identifier == f"run-{(run / 'wandb_id').read_text().strip()}.wandb"
     documented = re.search(r"`(wandb sync .*?)`", (ROOT / "docs" / "operations.md").read_text())[1]
     assert warning.endswith(f": {documented.replace('RUN', str(run))}")
     found = subprocess.run(
