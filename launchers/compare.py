@@ -3,8 +3,8 @@
     python launchers/compare.py runs/a/evaluation.json runs/b/evaluation.json
     python launchers/compare.py packed.json unpacked.json --note "two orders of LM1B, to show that they disagree"
 
-The files are what evaluate.py --json writes. Results of different protocols, splits or intervals, or with different
-caveats, are refused unless a note says why they stand together; it is printed below them.
+The files are what evaluate.py --json writes. Results of different protocols, data, splits or intervals, or with
+different caveats, are refused unless a note says why they stand together; it is printed below them.
 """
 
 import argparse

@@ -15,12 +15,13 @@ import argparse
 from pathlib import Path
 
 from vmd_scale.checkpoints import load_trained
-from vmd_scale.commandline import HelpFormatter
-from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.commandline import HelpFormatter, refuse_unused
+from vmd_scale.errors import reports_user_errors
 from vmd_scale.export.adapter import OWN as ADAPTER_FILES
 from vmd_scale.export.adapter import export_adapter
 from vmd_scale.export.card import accuracies_of, results_of
 from vmd_scale.export.folder import DTYPES, check_request, export, exported_files
+from vmd_scale.export.folder import OWN as MODEL_FILES
 from vmd_scale.export.hub import push
 from vmd_scale.files import check_writable, write_json
 
@@ -49,37 +50,21 @@ def main() -> None:
 
     check_writable(args.json, "--json")
     if args.adapter:
-        only_adapters(args)
-        return
-    check_request(args.output, args.max_shard_size)
-    trained = load_trained(args.checkpoint, args.weights)
-    results = results_of(trained, args.evaluation)
-    accuracies = accuracies_of(trained)
-    folder = export(trained, args.output, results, args.encoder, args.dtype, args.max_shard_size, accuracies)
-    print(f"{trained.checkpoint} ({trained.weights} weights, step {trained.step}) -> {folder}")
+        refuse_unused(args, parser, ("encoder", "dtype", "max_shard_size", "evaluation"), "--adapter")
+        checkpoint, step = export_adapter(args.checkpoint, args.output, args.weights)
+    else:
+        check_request(args.output, args.max_shard_size)
+        trained = load_trained(args.checkpoint, args.weights)
+        results, accuracies = results_of(trained, args.evaluation), accuracies_of(trained)
+        export(trained, args.output, results, args.encoder, args.dtype, args.max_shard_size, accuracies)
+        checkpoint, step = trained.checkpoint, trained.step
+    own, what = (ADAPTER_FILES, "adapters, ") if args.adapter else (MODEL_FILES, "")
+    print(f"{checkpoint} ({what}{args.weights} weights, step {step}) -> {args.output}")
     if args.json:
-        files = {path.name: path.stat().st_size for path in sorted(exported_files(folder))}
-        write_json(args.json, {"folder": str(folder), "step": trained.step, "weights": trained.weights, "files": files})
-    if args.push:
-        print(f"uploaded to {push(folder, args.push, args.public)}")
-
-
-def only_adapters(args: argparse.Namespace) -> None:
-    """What --adapter does.
-
-    Raises:
-        UserError: with an option of whole weights; see `export_adapter`.
-    """
-    whole = {"--encoder": args.encoder, "--evaluation": args.evaluation, "--dtype": args.dtype != "fp32"}
-    if given := [name for name, value in whole.items() if value]:
-        raise UserError(f"--adapter: {', '.join(given)} is for whole weights; leave one of them out")
-    checkpoint, step = export_adapter(args.checkpoint, args.output, args.weights)
-    print(f"{checkpoint} (adapters, {args.weights} weights, step {step}) -> {args.output}")
-    if args.json:
-        files = {path.name: path.stat().st_size for path in sorted(args.output.iterdir()) if path.name in ADAPTER_FILES}
+        files = {path.name: path.stat().st_size for path in exported_files(args.output, own)}
         write_json(args.json, {"folder": str(args.output), "step": step, "weights": args.weights, "files": files})
     if args.push:
-        print(f"uploaded to {push(args.output, args.push, args.public, own=ADAPTER_FILES)}")
+        print(f"uploaded to {push(args.output, args.push, args.public, own)}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python launchers/reproduce.py sudoku --fast --json sudoku.json          scaled down to two CPU cores
     python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
 
-Writes docs/results/TASK.md, TASK.json and TASK.png. Models stay in runs/reproduce/TASK;
-called again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each
+Writes TASK.md, TASK.json and, where the task has a picture, TASK.png into docs/results, also with --fast, over what is
+there. Models stay in runs/reproduce/TASK; called again, what is there is not trained again. Without a GPU, one model is trained on each CPU core; with GPUs, each
 on as many as its micro-batches divide into.
 """
 

@@ -21,8 +21,11 @@ This page is made from the code: `python -m vmd_scale.config_reference > docs/co
 """
 DEEPSPEED = """## deepspeed
 
-DeepSpeed's own JSON, passed through. What the run derives (batch sizes, accumulation, clipping, precision) is filled
-in; a key that contradicts it is an error that names both. Optimizer and scheduler are ours. Default: `{default}`
+DeepSpeed's own JSON, passed through; the default is `{default}`. What the run derives (batch sizes, accumulation,
+clipping, precision) is filled in; a key that contradicts it is an error that names both. Optimizer and scheduler are
+ours. Parallelism is by data, with ZeRO stages 0 to 3: there is no tensor, pipeline or sequence parallelism.
+`offload_optimizer` and `offload_param` may go to the `cpu`, not to `nvme`; bf16 needs stage 1 or higher; fp16 is not
+offered.
 """
 
 

@@ -67,8 +67,9 @@ def finetuning_config(
     has_lost_encoder = base is None and values["latent"]["width"] > 0 and _without_encoder(weights)
     weight = values["diffusion"]["kl_weight"]["end"]
     if corpus == LABELS:
-        values["diffusion"]["steps"] = [1]  # a label is drawn, and scored, in one step
-        # And z by the prior: had it told the label in training, nothing would have been learned from the text.
+        # A label is drawn, and scored, in one step, and z by the prior: had it told the label in training, nothing
+        # would have been learned from the text.
+        values["diffusion"] |= {"objective": "nelbo", "steps": [1], "free_bits": 0.0}
         weight = LABEL_KL_WEIGHT
     values["diffusion"]["kl_weight"] = {"start": weight, "end": weight, "warmup_steps": 0}
     old = values["data"]

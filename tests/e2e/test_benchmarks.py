@@ -174,8 +174,8 @@ def little_data(tmp_path_factory):
     for corpus in ("wiki/wiki2019_docs.jsonl.xz", "openwebtext/openwebtext_1000docs.jsonl.xz"):
         write(corpus, (json.dumps({"text": words(400)}) for _ in range(60)))
     write("zero_shot/ag_news_test.csv.xz", (f'"{n % 4 + 1}","{words(2)}","{words(3)}"' for n in range(5640)))
-    write("sudoku/expert.csv.xz", (puzzle() for _ in range(100)))
-    write("sudoku/kids.csv.xz", (puzzle() for _ in range(2140)))
+    write("sudoku/kids.csv.xz", (puzzle() for _ in range(100)))
+    write("sudoku/expert.csv.xz", (puzzle() for _ in range(2140)))
     return folder
 
 

@@ -15,6 +15,7 @@ import re
 import runpy
 import shlex
 import sys
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,7 +140,10 @@ def folder(tmp_path_factory):
     for name, key in (("pairs", "response"), ("news", "label")):
         lines = [json.dumps({"prompt": f"{title} ", key: topic}) for title, topic in titles]
         (data / f"{name}.jsonl").write_text("\n".join(lines))
-    (data / "papers.txt").write_text("\n".join(f"{body}" for _, _, body in news()))
+    bodies = "\n".join(body for _, _, body in news())
+    (data / "papers.txt").write_text(bodies)
+    with zipfile.ZipFile(data / "text8.zip", "w") as archive:
+        archive.writestr("text8", " ".join(re.findall("[a-z]+", bodies.lower())))
     return folder
 
 
@@ -178,12 +182,15 @@ def test_from_a_clone_to_a_classifier_and_a_continuation(lab, folder, quickstart
 
 @pytest.mark.parametrize("words", [words for block in BLOCKS[2:] for words in words_of(block)], ids=" ".join)
 def test_commands_that_need_more_than_this_machine_are_at_least_understood(lab, folder, words):
-    """Without GPUs, without a network: they may find no data and no run, but every option is there."""
+    """Without GPUs, without a network: they may find no data and no run, but every option is there.
+
+    The one that is scaled down, to data that are at hand, runs.
+    """
     words = ["python", *words[1:]] if words[0] == "deepspeed" else words
     done = lab.command([sys.executable, *words[1:]], cwd=folder, timeout=100, HF_HUB_OFFLINE="1")
     assert "usage:" not in done.text
     assert "Traceback" not in done.text
-    assert done.code in (0, 2)
+    assert done.code == 0 or (done.code == 2 and "runs/tiny" not in words)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if why_not_here(command) is None], ids=str)

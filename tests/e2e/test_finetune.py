@@ -184,7 +184,7 @@ def test_peft_loads_them_on_top_of_an_exported_base(pretrained, adapter):
     ("run", "options", "message"),
     [
         ("plain", (), "has none (training.lora)"),
-        ("adapted", ("--encoder", "--dtype", "bf16"), "--adapter: --encoder, --dtype is for whole weights"),
+        ("adapted", ("--encoder", "--dtype", "bf16"), "--adapter has no use for --encoder, --dtype"),
         ("adapted", ("--output", "exported"), "exists and holds no exported adapters"),
     ],
 )

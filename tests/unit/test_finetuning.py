@@ -67,12 +67,13 @@ def test_a_shard_of_an_export_that_is_gone_is_an_error(tmp_path):
 
 def test_labels_are_learned_as_they_are_scored(tmp_path):
     """In one step, with z from the prior: the posterior has nothing to gain by telling the label."""
-    base = config_of(diffusion={"objective": "nelbo", "steps": [1, 4], "kl_weight": {"end": 0.5, "warmup_steps": 9}})
+    given = {"objective": "vmd", "steps": [1, 4], "kl_weight": {"end": 0.5, "warmup_steps": 9}, "free_bits": 0.1}
+    base = config_of(diffusion=given)
     labels = finetuning_config("w.pt", "labels", "new.jsonl", tmp_path / "run", base=base).diffusion
-    assert labels.steps == (1,)
+    assert (labels.objective, labels.steps, labels.free_bits) == ("nelbo", (1,), 0)
     assert {labels.kl_weight.at(step) for step in (0, 5, 100)} == {20}
     text = tune("w.pt", tmp_path, base=base).diffusion
-    assert text.steps == (1, 4)
+    assert (text.objective, text.steps, text.free_bits) == ("vmd", (1, 4), 0.1)
     assert {text.kl_weight.at(step) for step in (0, 5, 100)} == {0.5}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from vmd_scale import __version__
+from vmd_scale import __version__, precision
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import Accuracy
@@ -25,7 +25,7 @@ from vmd_scale.export.standalone import FILE_NAME, TRANSFORMERS_FILE_NAME, model
 from vmd_scale.files import check_writable, flush_to_disk
 from vmd_scale.tokenization import TOKENIZER_FILES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**precision.DTYPES, "fp16": torch.float16}
 CONFIG = "config.json"
 OWN = (  # patterns of the names of all that an export may hold
     CONFIG,
@@ -103,10 +103,10 @@ def export(
     return folder
 
 
-def exported_files(folder: Path) -> list[Path]:
+def exported_files(folder: Path, own: Sequence[str] = OWN) -> list[Path]:
     """Those of the names that an export has, config.json first."""
-    own = (file for file in folder.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in OWN))
-    return sorted(own, key=lambda file: (file.name != CONFIG, file.name))
+    files = (file for file in folder.iterdir() if any(fnmatchcase(file.name, pattern) for pattern in own))
+    return sorted(files, key=lambda file: (file.name != CONFIG, file.name))
 
 
 def _replace(folder: Path, new: Path) -> None:
