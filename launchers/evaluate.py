@@ -134,7 +134,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     bounds.add_argument("--surrogate", action="store_true", help="print the surrogate of the papers as well")
     bounds.add_argument(
-        "--source", action="append", default=[], metavar="SET=FILE", help=f"for zero_shot, a file or hf:NAME: {', '.join(ZERO_SHOT)}"
+        "--source",
+        action="append",
+        default=[],
+        metavar="SET=FILE",
+        help=f"for zero_shot, a file or hf:NAME of {', '.join(ZERO_SHOT)}",
     )
     generation = parser.add_argument_group("generation")
     generation.add_argument(

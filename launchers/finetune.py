@@ -10,8 +10,9 @@
 
 --from takes a run, a checkpoint, an exported folder or, with --config, a state dict (our names or MDLM's). The network
 is that of the weights. A file of JSON lines holds {"prompt": ..., "response": ...} for corpus prompts and {"prompt":
-..., "label": ...} for labels, which may also be CSV of class and text; prompts are never masked. --source train=A,validation=B,test=C gives each split a file of
-its own; else 1 record in 20 is validation and 1 is test. Any other corpus is continued pretraining.
+..., "label": ...} for labels, which may also be CSV of class and text; prompts are never masked. --source
+train=A,validation=B,test=C gives each split a file of its own; else 1 record in 20 is validation and 1 is test. Any
+other corpus is continued pretraining.
 
 Engine, loop and checkpoints are pretrain.py's, and so are deepspeed, torchrun and srun in front of it, resuming and
 exit codes. With labels, the accuracy on validation and test is printed at the end and written to classification.json.

@@ -206,7 +206,9 @@ class TrainingConfig(Section):
         default="warn", description="rollback: to the checkpoint before it, and on with the batches that come after"
     )
     hang_timeout: float | None = Field(
-        default=3600, gt=0, description="seconds without a finished step, batch of an evaluation, or save until a rank ends itself"
+        default=3600,
+        gt=0,
+        description="seconds without a finished step, batch of an evaluation, or save until a rank ends itself",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
