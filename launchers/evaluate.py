@@ -19,12 +19,13 @@ n-gram model of the run's own corpus.
 import argparse
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vmd_scale.checkpoints import TrainedModel, checkpoint_id, load_trained, run_folder_of
+from vmd_scale.checkpoints import TrainedModel, checkpoint_id, find_checkpoint, load_trained, run_folder_of
 from vmd_scale.commandline import HelpFormatter, check_at_least, refuse_unused
 from vmd_scale.config_file import parse_counts, parse_step_list
 from vmd_scale.data.manifest import check_tokenizer
@@ -45,7 +46,7 @@ from vmd_scale.files import check_writable, write_json
 from vmd_scale.precision import PRECISIONS, describe_kernels
 from vmd_scale.tokenization import kept_tokenizer
 from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
-from vmd_scale.training.start import verify_together
+from vmd_scale.training.start import patient_group, verify_together
 
 NAMES = [*(name for name in PROTOCOLS if "/" not in name), "zero_shot", "generation"]
 OF_BOUNDS = ("k", "draws", "rows", "until_error", "interval", "surrogate")
@@ -64,7 +65,9 @@ def main() -> None:
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if world is None else world.device
         ranks = Ranks() if world is None else Ranks(world.rank, world.size, world.host_group)
-        trained = load_trained(args.checkpoint, args.weights, device, args.precision)
+        find = partial(find_checkpoint, args.checkpoint)
+        checkpoint = find() if world is None else world.from_main(find)  # of a run that may be going on
+        trained = load_trained(checkpoint, args.weights, device, args.precision)
         if args.compile:
             trained.model.compile_blocks()
         say = print if ranks.rank == 0 else lambda *_: None
@@ -75,10 +78,10 @@ def main() -> None:
             results = generate(args, trained, ranks, say)
         elif args.protocol == "zero_shot":
             prepared_in = Path(args.shards or run_folder_of(trained.checkpoint) / "zero_shot")
+            requests = [make_request(args, trained, f"zero_shot/{name}", ZERO_SHOT[name].split) for name in sources]
             prepare_zero_shot(sources, trained, prepared_in, world)
             results = []
-            for name in sources:
-                request = make_request(args, trained, f"zero_shot/{name}", ZERO_SHOT[name].split)
+            for name, request in zip(sources, requests, strict=True):
                 verify_together(str(prepared_in / name), [request.split], world)
                 results += score(trained, ShardReader(prepared_in / name, request.split), request, ranks, say)
         else:
@@ -187,12 +190,19 @@ def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Pa
 
     kept = kept_tokenizer(trained.config.data.tokenizer, run_folder_of(trained.checkpoint))
     data = trained.config.data.model_copy(update={"tokenizer": kept})
+    known = {"row_length": data.row_length, "row_specials": data.row_specials}
+    for name in sources:
+        get_protocol(f"zero_shot/{name}").check_keys(known | {"vocab_size": trained.tokenizer.vocab_size})
 
     def prepare() -> None:
         for name, source in sources.items():
             prepare_set(name, source, data, folder)
 
-    prepare() if world is None else world.on_main(prepare)
+    if world is None:
+        prepare()
+    else:
+        with patient_group() as group:
+            world.on_main(prepare, group)
 
 
 def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: Ranks, say: Any) -> list[dict[str, Any]]:

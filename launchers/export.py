@@ -49,6 +49,8 @@ def main() -> None:
     args = parser.parse_args()
 
     check_writable(args.json, "--json")
+    if not args.push:
+        refuse_unused(args, parser, ("public",), "an export without --push")
     if args.adapter:
         refuse_unused(args, parser, ("encoder", "dtype", "max_shard_size", "evaluation"), "--adapter")
         checkpoint, step = export_adapter(args.checkpoint, args.output, args.weights)

@@ -113,7 +113,7 @@ def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)
     data, mask_id = trained.config.data, trained.model.architecture.mask_id
     name, ids = normalizer_name(data), []
-    pieces = [NORMALIZERS[name](given) if given else "" for given in text.split(HOLE)]
+    pieces = cleaned_around_holes(text, name)
     left = HOLE.join(pieces)
     if text.strip() and not left.strip():
         raise UserError(
@@ -131,6 +131,18 @@ def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
     if len(ids) > room:
         raise UserError(f"--prompt: {len(ids)} tokens; of the {data.row_length} of a row it may have {room}")
     return torch.tensor(ids)
+
+
+def cleaned_around_holes(text: str, normalizer: str) -> list[str]:
+    """The clean-up of whole texts, of each piece between holes; where it touches a hole, a space stays, or none."""
+    given = text.split(HOLE)
+    pieces = [NORMALIZERS[normalizer](piece) if piece else "" for piece in given]
+    if normalizer == "none":
+        return pieces
+    for n in range(1, len(given)):
+        pieces[n - 1] = pieces[n - 1].rstrip() + " " * given[n - 1][-1:].isspace()
+        pieces[n] = " " * given[n][:1].isspace() + pieces[n].lstrip()
+    return pieces
 
 
 def blind_holes(prompt: torch.Tensor, a: Architecture) -> bool:

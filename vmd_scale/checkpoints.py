@@ -26,7 +26,7 @@ from vmd_scale.build import build_architecture
 from vmd_scale.config import Config
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
-from vmd_scale.files import sha256_of
+from vmd_scale.files import read_json, sha256_of
 from vmd_scale.model import VMD
 from vmd_scale.precision import DTYPES, precision_on
 from vmd_scale.tokenization import Tokenizer, kept_tokenizer, load_tokenizer
@@ -92,7 +92,7 @@ def load_weights(checkpoint: Path, kind: str, shapes_only: bool = False) -> dict
         UserError: a file is missing or damaged, or there is no EMA.
     """
     prefix = {"ema": "ema", "raw": "master"}[kind]
-    wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    wanted = read_json(checkpoint / MANIFEST, dict[str, Any])["files"]
     names = [name for name in sorted(wanted) if name.startswith("weights-")]
     weights: dict[str, torch.Tensor] = {}
     missing: dict[str, int] = {}
@@ -136,6 +136,12 @@ class TrainedModel:
     precision: str = "fp32"  # that it computes in: fp32 | bf16
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether `find_checkpoint` is to look there, rather than a reader of other weights."""
+    named = path.name in (LATEST, BEST) and path.is_file()
+    return named or (path / "checkpoints").is_dir() or (path / MANIFEST).is_file()
+
+
 def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
     """The newest whole checkpoint of a run folder; a checkpoint's own folder stands for itself, as do best and latest.
 
@@ -170,7 +176,7 @@ def load_trained(
             the run was trained with.
     """
     checkpoint = find_checkpoint(path)
-    wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    wanted = read_json(checkpoint / MANIFEST, dict[str, Any])["files"]
     problem = damage(checkpoint / RUN_STATE, wanted[RUN_STATE])
     if problem is not None:
         raise UserError(f"{checkpoint}: {problem}")

@@ -22,6 +22,11 @@ class RunFailed(Exception):
     """The run cannot go on, though nothing is wrong with its input."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, short enough to be part of one of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap a launcher's ``main``: `UserError` becomes one line and exit code 2, `RunFailed` 1; Ctrl-C no traceback.
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, run_folder_of
+from vmd_scale.checkpoints import RUN_STATE, find_checkpoint, is_of_run, run_folder_of
 from vmd_scale.config import Config
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
@@ -118,7 +118,7 @@ def finetuning_config(
 def _of_weights(weights: str) -> tuple[dict[str, Any], str]:
     """The configuration that weights come with, and where their tokenizer is: with them too, as a rule."""
     path = Path(weights)
-    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+    if is_of_run(path):
         checkpoint = find_checkpoint(path, "--from")
         values = _parsed(read_json(checkpoint / RUN_STATE, dict[str, Any])["config"], weights)
         return values, kept_tokenizer(values["data"]["tokenizer"], run_folder_of(checkpoint))

@@ -128,7 +128,7 @@ def _in_shape(name: str, value: Tensor, wanted: torch.Size) -> Tensor:
 
 def _silence(model: VMD, fresh: Collection[str]) -> None:
     """Make parts that start fresh say nothing at first. Fresh modulations are zero already, trained ones are not."""
-    layers = ["latent_to_embedding"]
+    layers = ["latent_to_embedding", "prior_network.out"]  # of which zeros are the prior N(0, I)
     if "denoiser.blocks.0.modulation.weight" not in fresh:
         layers += ["latent_to_condition.2", "time_to_condition.2"]
     for name, parameter in model.named_parameters():

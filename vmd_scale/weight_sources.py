@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vmd_scale.adapters import merged
-from vmd_scale.checkpoints import MANIFEST, RUN_STATE, find_checkpoint, load_weights
+from vmd_scale.checkpoints import RUN_STATE, find_checkpoint, is_of_run, load_weights
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
@@ -48,7 +48,7 @@ def read_weights(source: str, architecture: Architecture, device: torch.device) 
     path = Path(source)
     if not path.exists():
         raise UserError(f"training.init_from: no such file or folder: {source}")
-    if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+    if is_of_run(path):
         return _of_checkpoint(find_checkpoint(path, "training.init_from"), device)
     fingerprint = None
     if path.is_dir():
@@ -60,6 +60,16 @@ def read_weights(source: str, architecture: Architecture, device: torch.device) 
         with device:
             return from_mdlm(weights, architecture, source), None
     return {name: value.float() for name, value in weights.items()}, fingerprint
+
+
+def settled(source: str) -> str:
+    """Which checkpoint that is now, where `source` is a run: it may go on, and ranks must not each find another one.
+
+    Raises:
+        UserError: the run has none.
+    """
+    path = Path(source)
+    return str(find_checkpoint(path, "training.init_from")) if is_of_run(path) else source
 
 
 def _of_checkpoint(checkpoint: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:

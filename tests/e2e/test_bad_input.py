@@ -332,6 +332,7 @@ def test_evaluation_sampling_and_export(refused, desk):
         (["--max-shard-size", "1.2.3GB"], "--max-shard-size '1.2.3GB': expected a size"),
         (["--max-shard-size", "5"], "--max-shard-size '5': expected a size"),
         (["--json", "shards"], "--json .*shards: is a folder, expected a file"),
+        (["--public"], "an export without --push has no use for --public"),
     ],
 )
 def test_export_refuses_before_it_loads_a_model(refused, desk, options, message):

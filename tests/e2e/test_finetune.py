@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from vmd_scale.checkpoints import find_checkpoint, load_trained, load_weights
 from vmd_scale.config_file import parse_config
+from vmd_scale.export.adapter import export_adapter
 from vmd_scale.finetuning import finetuning_config
 
 WORDS = ["mask", "model", "token", "noise", "row"]
@@ -118,6 +121,7 @@ def test_responses_are_learned_by_adapters_on_an_exported_folder_and_drawn_from_
 ADAPTED = """
 import sys
 
+
 from peft import PeftModel
 import torch
 from transformers import AutoModel
@@ -170,6 +174,21 @@ def test_adapters_are_exported_alone(pretrained, adapter):
     assert {name for name in base if not base[name].equal(merged[name])} == {f"{name}.weight" for name in names}
     files = json.loads((pretrained / "adapted" / "files.json").read_text())["files"]
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_adapters_that_were_half_written_load_nowhere_and_are_written_again(pretrained, adapter, tmp_path, monkeypatch):
+    """Their scale is in the description: beside that of an earlier export, new weights would be wrong."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    with monkeypatch.context() as broken:
+        broken.setattr("vmd_scale.export.adapter.write_json", Mock(side_effect=OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            export_adapter(pretrained / "adapted", folder)
+    assert not (folder / "adapter_config.json").exists()
+    export_adapter(pretrained / "adapted", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in adapter.iterdir()
+    }
+    assert "`plain`" in (folder / "README.md").read_text()  # what they were trained on
 
 
 def test_peft_loads_them_on_top_of_an_exported_base(pretrained, adapter):

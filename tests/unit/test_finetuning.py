@@ -1,12 +1,13 @@
 """The configuration of a fine-tuning run, from weights that tell their own network."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from vmd_scale.build import build_model
-from vmd_scale.checkpoints import TrainedModel
+from vmd_scale.checkpoints import TrainedModel, load_trained, load_weights
 from vmd_scale.config_file import load_config, parse_config
 from vmd_scale.errors import UserError
 from vmd_scale.export.folder import export
@@ -14,6 +15,7 @@ from vmd_scale.finetuning import finetuning_config
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.engine import accumulation_steps, deepspeed_config
+from vmd_scale.weight_sources import settled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -110,3 +112,22 @@ def test_the_micro_batch_fits_the_number_of_ranks(tmp_path, ranks, overrides, mi
     tuned = tune("w.pt", tmp_path, *overrides, base=old, ranks=ranks)
     assert tuned.training.micro_batch == micro_batch
     assert accumulation_steps(tuned, ranks) >= 1
+
+
+def test_best_and_latest_of_a_run_are_weights_too(tmp_path):
+    """Each is a file with the name of a checkpoint; which one that is must be settled once, for all ranks."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step, width in ((1, 16), (2, 32)):
+        (checkpoints / f"step-{step:08}").mkdir(parents=True)
+        (checkpoints / f"step-{step:08}" / "manifest.json").write_text("{torn")
+        state = {"config": config_of(model={"width": width}).model_dump(mode="json")}
+        (checkpoints / f"step-{step:08}" / "run_state.json").write_text(json.dumps(state))
+    for name, step in (("best", 1), ("latest", 2)):
+        (checkpoints / name).write_text(f"step-{step:08}\n")
+        assert settled(str(checkpoints / name)) == str(checkpoints / f"step-{step:08}")
+        assert tune(str(checkpoints / name), tmp_path).model.width == 16 * step
+    assert settled(str(tmp_path / "run")) == str(checkpoints / "step-00000002")
+    assert settled("weights.pt") == "weights.pt"
+    for load in (load_trained, lambda path: load_weights(path, "ema")):
+        with pytest.raises(UserError, match=r"manifest\.json: not a readable JSON file"):
+            load(checkpoints / "step-00000001")

@@ -18,7 +18,14 @@ from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation import generation
-from vmd_scale.evaluation.generation import as_judged, distinct_share, mauve_score, unigram_entropies
+from vmd_scale.evaluation.generation import (
+    GenerationResult,
+    as_judged,
+    distinct_share,
+    generation_table,
+    mauve_score,
+    unigram_entropies,
+)
 from vmd_scale.evaluation.judges import HuggingFaceJudge, NGramJudge, Sample, load_judge, parse_judge
 from vmd_scale.evaluation.perplexity import Ranks
 from vmd_scale.model import VMD
@@ -72,6 +79,16 @@ def test_begin_and_end_may_be_one_token() -> None:
     both = SubwordTokenizer("both", made.files()["tokenizer.json"].decode(), "<|endoftext|>", "<|endoftext|>", None)
     judged = as_judged(np.array([5, 0, 1, 5, 2]), both, 5)
     assert (judged.ids.tolist(), judged.ended) == ([0, 1], True)
+
+
+def test_the_table_says_what_was_changed_of_the_sampler() -> None:
+    """The real texts that come first were drawn by none."""
+    shared = {"protocol": "generation", "judge": "j", "latent": "none", "paths": "none", "samples": 2, "tokens": 9,
+              "generative_perplexity": 2.0, "standard_error": 0.1, "unigram_entropy": 1.0, "unigram_entropy_error": 0.1,
+              "distinct": {"1": 1.0, "2": 1.0, "3": 1.0, "4": 1.0}, "weights": "ema", "step": 1, "seed": 0,
+              "row_length": 8, "split": "validation", "data": "text"}  # fmt: skip
+    real, drawn = (GenerationResult(**shared, steps=s, changes=c) for s, c in (("data", ""), (4, "temperature 0.5")))
+    assert "temperature 0.5" in generation_table([real, drawn]).splitlines()[0]
 
 
 def test_the_ngram_judge_prefers_its_corpus(lab) -> None:

@@ -422,3 +422,14 @@ def test_patterns_that_fit_nothing_are_errors():
         add_adapters(model_of(), LoRAConfig(rank=2, layers=("qkv",)))
     with pytest.raises(UserError, match=r"'latent' needs a latent"):
         freeze(model_of(), ("latent",))
+
+
+@torch.no_grad()
+def test_a_fresh_prior_that_reads_what_is_visible_is_the_standard_one(tmp_path):
+    """Bounds are at first what they were: the encoder has learned to be near N(0, I)."""
+    old, new = model_of(latent_width=3), model_of(1, latent_width=3, prior="conditional")
+    for parameter in new.prior_network.parameters():
+        nn.init.normal_(parameter)
+    initialize_from(new, saved(tmp_path, old))
+    prior = new.prior_network(noisy_rows(), noisy_rows() == MASK, None)
+    assert [tensor.abs().max() for tensor in (prior.mean, prior.log_std)] == [0, 0]

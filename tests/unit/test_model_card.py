@@ -67,6 +67,7 @@ def test_where_the_weights_come_from(classifier: TrainedModel) -> None:
         ("bert:/data/of/me/tokenizers", "bert"),
         ("/data/of/me/mine.model", "mine"),
         ("/data/of/me/llama/tokenizer.json", "llama"),
+        ("/data/of/me/runs/news/tokenizer", "news"),
         ("bert-base-uncased", "bert-base-uncased"),
     ],
 )

@@ -188,3 +188,25 @@ def test_a_hole_of_an_earlier_block_does_not_see_what_is_given_later():
         (2, [], False),
     ):
         assert blind_holes(torch.tensor(prompt, dtype=torch.int64), architecture(row_length=6, groups=groups)) == blind
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("the [MASK][MASK][MASK] sat", "the ___ sat"),
+        ("th[MASK]s is", "th_s is"),
+        ("The first [MASK]rgument", "the first _rgument"),
+        ("a [MASK] [MASK]", "a _ _"),
+        ("one,[MASK]two", "one_two"),
+    ],
+)
+def test_the_clean_up_of_texts_moves_no_hole(tmp_path, prompt, shown):
+    """Of text8 it puts a space around all that it is given, and one in place of what it does not know."""
+    text = [{"prompt": "a", "response": "b"}]
+    config = config_of(tmp_path, "text", text, packing="wrap", normalizer="text8", row_length=40)
+    tokenizer = load_tokenizer("text8")
+    path = Path(__file__).resolve().parents[2] / "launchers" / "sample.py"
+    model = SimpleNamespace(architecture=SimpleNamespace(mask_id=tokenizer.vocab_size))
+    trained = SimpleNamespace(config=config, tokenizer=tokenizer, model=model)
+    tokens = runpy.run_path(str(path))["prompt_tokens"](prompt, trained).tolist()
+    assert "".join(tokenizer.decode([t]) if t < 27 else "_" for t in tokens).strip() == shown

@@ -195,3 +195,11 @@ def test_sources_of_the_zero_shot_sets() -> None:
         "none",
         "scientific",
     }
+
+
+def test_what_is_known_before_the_shards_are_there_is_compared_then() -> None:
+    protocol = get_protocol("zero_shot/ptb")
+    protocol.check_keys({"row_length": 1024, "vocab_size": 50257})
+    for key, found in (("row_length", 128), ("row_specials", False), ("vocab_size", 27)):
+        with pytest.raises(UserError, match=rf"needs shards with data\.{key} .*, these have {found}"):
+            protocol.check_keys({"row_length": 1024, key: found})

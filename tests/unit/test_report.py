@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from example_results import example_result
+from matplotlib.figure import Figure
 
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id
 from vmd_scale.config_file import load_config
@@ -22,7 +23,7 @@ from vmd_scale.evaluation.latent import LatentUsage
 from vmd_scale.evaluation.perplexity import Result
 from vmd_scale.export.card import results_of
 from vmd_scale.report import plot_bound_against_steps, read_run, write_report
-from vmd_scale.report.figures import _latent_panels, bound_panel, draw_png
+from vmd_scale.report.figures import _latent_panels, _validation_panel, bound_panel, draw_png
 from vmd_scale.report.run import distinctly_named
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.status import SILENCE, has_died, read_status
@@ -335,6 +336,14 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert '<meta http-equiv="refresh" content="30">' in (tmp_path / "page.html").read_text()
     assert (tmp_path / "png" / "all_bounds.png").exists()
     assert not (other / "report.html").exists()
+
+
+def test_each_protocol_has_its_own_curves(run):
+    found = [example_result(protocol=name, steps=4, step=step) for step in (1, 2) for name in ("rows", "text8")]
+    for results, names in ((found, {"T = 4, rows", "T = 4, text8"}), (found[::2], {"T = 4"})):
+        axes = Figure().subplots()
+        _validation_panel(axes, results, "token")
+        assert set(axes.get_legend_handles_labels()[1]) == names
 
 
 @pytest.mark.parametrize(

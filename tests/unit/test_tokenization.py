@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd_scale.errors import UserError
-from vmd_scale.tokenization import SentencePieceTokenizer, Tokenizer, load_tokenizer, vocab_size_of
+from vmd_scale.tokenization import (
+    KEPT,
+    SentencePieceTokenizer,
+    Tokenizer,
+    keep_tokenizer,
+    load_tokenizer,
+    vocab_size_of,
+)
 from vmd_scale.tokenization.loading import VOCAB_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,6 +235,18 @@ def test_another_file_naming_is_the_same_tokenizer(gpt2: Tokenizer, tmp_path: Pa
 
 
 @needs_assets
+def test_what_a_run_keeps_is_of_its_last_tokenizer_alone(sentencepiece_file: Path, tmp_path: Path) -> None:
+    """A start that failed before its first checkpoint may have had another one. Other files are not ours."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    both = [load_tokenizer(str(path)) for path in (tmp_path / "tokenizer.json", sentencepiece_file)]
+    for tokenizer in (*both, *both):
+        keep_tokenizer(tokenizer, tmp_path)
+        (tmp_path / KEPT / "notes.txt").touch()
+        assert {path.name for path in (tmp_path / KEPT).iterdir()} == {*tokenizer.files(), "notes.txt"}
+        assert load_tokenizer(str(tmp_path / KEPT)).fingerprint == tokenizer.fingerprint
+
+
 def test_a_hub_name_is_looked_up_in_the_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "tokenizer" / "assets" / "bert-base-uncased"

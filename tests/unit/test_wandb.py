@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vmd_scale.config_file import load_config
+from vmd_scale.training import wandb_log
 from vmd_scale.training.telemetry import Telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,3 +196,12 @@ def test_the_real_one_takes_all_of_it_and_its_sync_joins_the_starts(tmp_path, mo
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert all(folder.name in found.stdout + found.stderr for folder in started)
+
+
+def test_the_commit_is_that_of_this_project_and_no_one_elses(tmp_path, monkeypatch):
+    """Installed into an environment inside somebody's checkout, it has none."""
+    for arguments in ("init -q", "-c user.name=n -c user.email=e commit -q --allow-empty -m m"):
+        subprocess.run(["git", "-C", tmp_path, *arguments.split()], check=True)
+    for place, known in (("site-packages/vmd_scale/training", False), ("vmd_scale/training", True)):
+        monkeypatch.setattr(wandb_log, "__file__", str(tmp_path / place / "wandb_log.py"))
+        assert bool(wandb_log.code_version()["commit"]) == known

@@ -142,7 +142,7 @@ def generation_table(results: Sequence[GenerationResult]) -> str:
         f"protocol {first.protocol}, judge {first.judge}, data of the {first.split} split, weights {first.weights}, "
         + (f"precision {first.precision}, " if first.precision else "")
         + f"step {first.step}, seed {first.seed}, rows of {first.row_length}"
-        + (f", {first.changes}" if first.changes else "")
+        + (f", {changes}" if (changes := results[-1].changes) else "")  # the first result is of real texts
     ]
     head = ("T", "z", "paths", "samples", "tokens", "gen. ppl", "+-", "entropy", "+-", *(f"dist-{n}" for n in DISTINCT))
     form = "{:>6} {:>6} {:>9} {:>7} {:>9} {:>10} {:>8} {:>8} {:>6}" + " {:>7}" * len(DISTINCT) + " {:>6}"

@@ -13,7 +13,7 @@ from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.roles import Role
 from vmd_scale.data.shards import ShardReader
-from vmd_scale.errors import UserError
+from vmd_scale.errors import UserError, first_line
 from vmd_scale.evaluation.ngram import NGram, n_grams_fit
 from vmd_scale.tokenization import Tokenizer
 
@@ -102,7 +102,7 @@ class HuggingFaceJudge:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"--judge {folder}: not a causal language model: {str(error).splitlines()[0]}") from None
+            raise UserError(f"--judge {folder}: not a causal language model: {first_line(error)}") from None
         self._model, self._device, self._micro_batch = model.to(device).float().eval(), device, micro_batch
         self._longest = min(LONGEST, getattr(model.config, "max_position_embeddings", LONGEST))
         self.name = Path(folder).resolve().name

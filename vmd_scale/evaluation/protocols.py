@@ -53,12 +53,16 @@ class Protocol:
 
     def check(self, manifest: Manifest) -> None:
         """Raises `UserError` where the shards are not what the protocol says."""
+        self.check_keys({key: getattr(manifest, key) for key in self.requires})
+
+    def check_keys(self, known: Mapping[str, Any]) -> None:
+        """`check`, where no more than some keys of a manifest are known yet."""
         for key, wanted in self.requires.items():
-            found, allowed = getattr(manifest, key), wanted if isinstance(wanted, tuple) else (wanted,)
-            if found not in allowed:
+            allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+            if key in known and known[key] not in allowed:
                 raise UserError(
                     f"protocol {self.name} needs shards with data.{key} {' or '.join(map(repr, allowed))}, "
-                    f"these have {found!r}; protocol 'rows' scores whatever rows there are"
+                    f"these have {known[key]!r}; protocol 'rows' scores whatever rows there are"
                 )
 
     def caveat(self, manifest: Manifest, split: str) -> str | None:

@@ -7,6 +7,7 @@ import safetensors.torch
 from vmd_scale.checkpoints import RUN_STATE, find_checkpoint, load_weights
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
+from vmd_scale.export.card import base_name
 from vmd_scale.files import check_writable, read_json, write_atomically, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,7 +39,8 @@ def check_adapter_request(folder: Path) -> None:
         UserError: `folder` exists and holds no adapters of an earlier export, or cannot be made.
     """
     check_writable(folder / CONFIG, "--output")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+    earlier = any((folder / name).exists() for name in (CONFIG, WEIGHTS))  # also one that was killed on the way
+    if folder.exists() and any(folder.iterdir()) and not earlier:
         raise UserError(f"--output {folder}: exists and holds no exported adapters; choose another folder")
 
 
@@ -89,9 +91,10 @@ def export_adapter(path: str | Path, folder: Path, weights: str = "ema") -> tupl
         corpus=config.data.corpus,
         rank=lora.rank,
         steps=state["step"],
-        base=Path(config.training.init_from or "").name,
+        base=base_name(config.training.init_from or ""),
         weights=weights,
     )
+    (folder / CONFIG).unlink(missing_ok=True)  # which scales the weights: gone first and back last, it fits them
     write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt"}))
     write_atomically(folder / "README.md", card)
     write_json(folder / CONFIG, description)

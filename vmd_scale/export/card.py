@@ -11,7 +11,7 @@ from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.perplexity import Result, read_results
 from vmd_scale.export.standalone import FILE_NAME
 from vmd_scale.files import checked, read_json
-from vmd_scale.tokenization import CharacterTokenizer, SymbolTokenizer
+from vmd_scale.tokenization import KEPT, CharacterTokenizer, SymbolTokenizer
 from vmd_scale.tokenization.exported import TOKENIZER_JSON
 
 MEASURED = (
@@ -126,7 +126,7 @@ def _origin(trained: TrainedModel, has_encoder: bool) -> list[str]:
         text += f", and a latent variable z of {a.latent_width} units for each {'block' if a.groups > 1 else 'row'}"
     text += f". These are the {trained.weights} weights."
     if training.init_from is not None:
-        text += f" Training started from the weights of `{_base_name(training.init_from)}`"
+        text += f" Training started from the weights of `{base_name(training.init_from)}`"
         if training.lora is not None:
             text += f", with adapters (LoRA of rank {training.lora.rank}) that are merged into these"
         elif training.trainable:
@@ -229,11 +229,11 @@ def _tokenizer_name(trained: TrainedModel) -> str:
     if colon:
         return kind
     if path.suffix not in (".json", ".txt", ".model", ".bpe"):
-        return path.name
+        return path.parent.name if path.name == KEPT else path.name
     return path.stem if path.suffix == ".model" else path.absolute().parent.name
 
 
-def _base_name(weights: str) -> str:
+def base_name(weights: str) -> str:
     """Of a run, an exported folder or a file; a checkpoint is named with its run."""
     path = Path(weights)
     return f"{path.parent.parent.name}, {path.name}" if path.parent.name == "checkpoints" else path.name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from vmd_scale.errors import UserError
+from vmd_scale.errors import UserError, first_line
 from vmd_scale.export.folder import OWN, WORK
 
 
@@ -33,6 +33,5 @@ def push(folder: Path, name: str, public: bool = False, own: Sequence[str] = OWN
             delete_patterns=list(own),
         )
     except Exception as error:  # of the client, of http, of the operating system: they have no common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--push {name}: not uploaded ({reason}); the folder is whole: {folder}") from None
+        raise UserError(f"--push {name}: not uploaded ({first_line(error)}); the folder is whole: {folder}") from None
     return str(address)

@@ -280,8 +280,9 @@ def _curves(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def _validation_panel(axes: Axes, results: Sequence[Result], unit: str) -> None:
     curves: dict[str, list[Result]] = {}
+    several = len({r.protocol for r in results}) > 1
     for r in results:
-        name = f"T = {'∞' if r.steps == 'inf' else r.steps}"
+        name = f"T = {'∞' if r.steps == 'inf' else r.steps}" + (f", {r.protocol}" if several else "")
         curves.setdefault(name, []).append(r)
     for n, (name, rs) in enumerate(curves.items()):
         errors = [r.standard_error / math.log(2) for r in rs]

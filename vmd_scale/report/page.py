@@ -89,7 +89,7 @@ def write_report(
     together = comparison_figures(found) if len(found) > 1 else {}
     if png is not None:
         for run, pictures in zip(found, figures, strict=True):
-            _write_pictures(png if len(found) == 1 else png / run.name, pictures)
+            _write_pictures(png if len(found) == 1 else png / run.name.lstrip("/"), pictures)
         _write_pictures(png, together)
     # "replace": a sample may hold half a surrogate pair, which no file can
     write_atomically(output, _page(found, figures, together, refresh).encode("utf-8", "replace"))

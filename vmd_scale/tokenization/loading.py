@@ -8,10 +8,10 @@ from typing import Any
 
 import tokenizers
 
-from vmd_scale.errors import UserError
+from vmd_scale.errors import UserError, first_line
 from vmd_scale.files import read_json, write_atomically
 from vmd_scale.tokenization.characters import MOST_SYMBOLS, CharacterTokenizer, SymbolTokenizer
-from vmd_scale.tokenization.exported import ORIGINAL, TOKENIZER_CONFIG
+from vmd_scale.tokenization.exported import ORIGINAL, TOKENIZER_CONFIG, TOKENIZER_FILES
 from vmd_scale.tokenization.interface import Tokenizer
 from vmd_scale.tokenization.sentences import sentencepiece_tokenizer
 from vmd_scale.tokenization.subword import bert_tokenizer, gpt2_tokenizer, with_named_specials
@@ -77,7 +77,11 @@ def vocab_size_of(name: str) -> int:
 
 def keep_tokenizer(tokenizer: Tokenizer, run_folder: Path) -> None:
     """Write its files into a run folder: where `data.tokenizer` points to may be moved, or was named from elsewhere."""
-    for name, content in tokenizer.files().items():
+    files = tokenizer.files()
+    for name in TOKENIZER_FILES:  # of another one, that an earlier start had and no checkpoint was made with
+        if name not in files:
+            (run_folder / KEPT / name).unlink(missing_ok=True)
+    for name, content in files.items():
         write_atomically(run_folder / KEPT / name, content)
 
 
@@ -198,7 +202,7 @@ def _load_from_hub(name: str) -> Tokenizer:
     except Exception as error:  # offline, unknown name, no tokenizer.json: the library raises bare Exception
         raise UserError(
             f"data.tokenizer {name!r}: not {', '.join(CHARACTERS)} or symbols:N, not a file or folder, not under "
-            f"{ASSETS / name}, and could not be fetched from the Hugging Face hub ({str(error).splitlines()[0]}). "
+            f"{ASSETS / name}, and could not be fetched from the Hugging Face hub ({first_line(error)}). "
             f"Put its files into {ASSETS / name}/ or give their folder as data.tokenizer: "
             f"{'; '.join(_expected_files().values())}"
         ) from None

@@ -42,6 +42,7 @@ from vmd_scale.training.status import State, write_status
 from vmd_scale.training.telemetry import Stopwatch, Telemetry
 from vmd_scale.training.validation import validate
 from vmd_scale.training.zero import ShardedMaster
+from vmd_scale.weight_sources import settled
 
 MAX_ROLLBACKS = 5  # of a run, over all its starts
 log = logging.getLogger(__name__)
@@ -63,11 +64,11 @@ class Trainer:
         training = config.training
         self.precision = resolve_precision(config, world.device)
         model = parts.model(config, tokenizer.vocab_size)
-        source = training.init_from
         (resumes,) = world.any(world.is_main and bool(all_checkpoints(run_folder / "checkpoints")))
         initial: dict[str, torch.Tensor] = {}
-        if source is not None and not resumes:
-            world.on_all(lambda: initial.update(initialize_from(model, source, tokenizer.fingerprint)))
+        if (source := training.init_from) is not None and not resumes:
+            found = world.from_main(lambda: settled(source))
+            world.on_all(lambda: initial.update(initialize_from(model, found, tokenizer.fingerprint)))
         self.checkpoint_bytes = bytes_of_checkpoint(model, bool(training.ema_decay))
         self.objective = parts.objective(config, tokenizer.vocab_size)
         log.info("%s", describe_kernels(model, self.precision, config.data.packing == "pad"))

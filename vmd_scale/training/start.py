@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -93,12 +93,19 @@ def prepare_together(config: Config, world: World, tokenizer: Tokenizer) -> None
         UserError: on every rank, what is wrong with the data.
         RunFailed: on every rank, the preparation broke off.
     """
-    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)  # a corpus may take hours
     splits = ["train", "validation"] if config.evaluation.every else ["train"]
-    world.on_main(lambda: prepare_all(config.data, enough=splits), group)
-    check_ranks(config, world)
-    world.on_all(lambda: _check_manifests(config, tokenizer), group)
-    _verify_together(config, splits, world, group)
+    with patient_group() as group:
+        world.on_main(lambda: prepare_all(config.data, enough=splits), group)
+        check_ranks(config, world)
+        world.on_all(lambda: _check_manifests(config, tokenizer), group)
+        _verify_together(config, splits, world, group)
+
+
+@contextmanager
+def patient_group() -> Iterator[dist.ProcessGroup]:
+    """Of all ranks, for what may take hours, such as preparing a corpus."""
+    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    yield group
     dist.destroy_process_group(group)
 
 

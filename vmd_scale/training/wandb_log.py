@@ -19,6 +19,7 @@ import torch
 
 from vmd_scale import __version__
 from vmd_scale.config import Config
+from vmd_scale.errors import first_line
 from vmd_scale.files import write_atomically
 
 ID_FILE = "wandb_id"
@@ -67,7 +68,7 @@ class WandbLog:
                     log.warning("wandb logs offline; send it later: wandb sync %s/wandb/offline-run-*", run_folder)
                 return cls(wandb, run)
             except Exception as error:  # no network, no login, a broken installation
-                log.warning("wandb does not start %s: %s", attempt, _first_line(error))
+                log.warning("wandb does not start %s: %s", attempt, first_line(error))
                 with suppress(Exception):
                     wandb.teardown()  # its service would say that the id is in use
         return None
@@ -122,18 +123,18 @@ class WandbLog:
         except Exception as error:
             self._failures += 1
             stop = "; no more is sent to it" if self._failures == MOST_FAILURES else ""
-            log.warning("wandb: %s%s; metrics.jsonl has everything", _first_line(error), stop)
+            log.warning("wandb: %s%s; metrics.jsonl has everything", first_line(error), stop)
 
 
 def code_version() -> dict[str, str]:
     """What ran: this package, its commit where it is a git checkout, and what it stands on."""
     folder = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() if found.returncode == 0 else ""
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
+    commit = ""
+    if (folder / ".git").exists():  # else git looks further up, and finds whose checkout this is installed in
+        with suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+            commit = found.stdout.strip() if found.returncode == 0 else ""
     return {
         "vmd_scale": __version__,
         "commit": commit,
@@ -148,7 +149,3 @@ def _id(run_folder: Path) -> str:
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex[:16] + "\n")
     return path.read_text().strip()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,7 @@ from vmd_scale.config import DataConfig
 from vmd_scale.data.corpora.files import files_of, records
 from vmd_scale.data.corpora.registry import SPLITS, in_twentieth, mapped_splits
 from vmd_scale.data.remote import persistently
-from vmd_scale.errors import RunFailed, UserError
+from vmd_scale.errors import RunFailed, UserError, first_line
 
 Answer = TypeVar("Answer")
 
@@ -176,12 +176,8 @@ def _from_hub(source: str, fetch: Callable[[], Answer]) -> Answer:
     try:
         return persistently(f"data.source {source!r}", fetch)
     except FileNotFoundError as error:  # there is no data set of that name, or it is not for everybody
-        raise UserError(f"data.source {source!r}: {_first_line(error)}; or {hint}") from None
+        raise UserError(f"data.source {source!r}: {first_line(error)}; or {hint}") from None
     except UserError as error:
-        raise UserError(f"{_first_line(error)}; or {hint}") from None
+        raise UserError(f"{first_line(error)}; or {hint}") from None
     except RunFailed as error:
-        raise RunFailed(f"{_first_line(error)}; call again to go on, or {hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunFailed(f"{first_line(error)}; call again to go on, or {hint}") from None
