@@ -18,6 +18,7 @@ n-gram model of the run's own corpus.
 
 import argparse
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
 from vmd_scale.precision import PRECISIONS, describe_kernels
 from vmd_scale.tokenization import kept_tokenizer
-from vmd_scale.training.launch import World, join_world, leave_world, world_size_from_environment
+from vmd_scale.training.launch import World, joined_world, world_size_from_environment
 from vmd_scale.training.start import patient_group, verify_together
 
 NAMES = [*(name for name in PROTOCOLS if "/" not in name), "zero_shot", "generation"]
@@ -61,8 +62,7 @@ def main() -> None:
     sources = parse_sources(args.source) if args.protocol == "zero_shot" else {}
     if args.protocol == "generation":
         parse_judge(args.judge)
-    world = join_world() if world_size_from_environment() > 1 else None
-    try:
+    with joined_world() if world_size_from_environment() > 1 else nullcontext() as world:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if world is None else world.device
         ranks = Ranks() if world is None else Ranks(world.rank, world.size, world.host_group)
         find = partial(find_checkpoint, args.checkpoint)
@@ -96,9 +96,6 @@ def main() -> None:
                 say(f"latent: {used.describe()}")
         if args.json and ranks.rank == 0:
             write_json(args.json, results)
-    finally:
-        if world is not None:
-            leave_world()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -60,9 +60,10 @@ def dry_run(config: Config, ranks: int | None) -> str:
     from vmd_scale.planning.describe import describe_run
     from vmd_scale.planning.hardware import peak_flops
     from vmd_scale.training.engine import resolve_precision
-    from vmd_scale.training.start import check_before_start
+    from vmd_scale.training.start import check_attention, check_before_start
 
     check_before_start(config, ranks)
+    check_attention(config)
     world_size = ranks or world_size_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)

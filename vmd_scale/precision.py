@@ -15,7 +15,7 @@ def precision_on(device: torch.device, wanted: str) -> str:
     """fp32 or bf16; auto is bf16 on a GPU that has it."""
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def precision_of(model: VMD) -> str:

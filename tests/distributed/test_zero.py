@@ -31,8 +31,10 @@ def settings(stage, precision="fp32"):
         "max_live_parameters": 0,  # gathered whenever they are used, as in a model that fills the memory
         "max_reuse_distance": 0,
     }
+    within_node = ("deepspeed.zero_optimization.zero_hpz_partition_size=2",)  # ZeRO++: a second copy of the weights
     return (
         *(f"deepspeed.zero_optimization.stage3_{key}={value}" for key, value in stage3.items() if stage == 3),
+        *(within_node if (stage, precision) == (3, "bf16") else ()),
         f"training.steps={STEPS}",
         "training.micro_batch=2",
         "training.gradient_clip=0.2",

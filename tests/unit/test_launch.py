@@ -13,6 +13,7 @@ import torch
 
 from vmd_scale.errors import UserError
 from vmd_scale.training import launch
+from vmd_scale.training.launch import World
 from vmd_scale.training.orphans import is_launcher
 from vmd_scale.training.preemption import StopRequest
 from vmd_scale.training.status import Status, read_status, this_start, write_status
@@ -233,3 +234,19 @@ def test_the_record_of_a_run_names_the_start_that_wrote_it(environment, tmp_path
     allowed = "'running', 'stopped', 'finished' or 'failed'"
     with pytest.raises(UserError, match=rf"status.json: state: input should be {allowed}"):
         read_status(tmp_path)
+
+
+@pytest.mark.parametrize(("device", "takes_leave"), [("cpu", True), ("cuda", False)])
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(device, takes_leave, monkeypatch):
+    """NCCL's farewell would; a world that ends well is left on every device."""
+    left = []
+    world = World(0, 0, 2, torch.device(device), None)
+    monkeypatch.setattr(launch, "join_world", lambda timeout: world)
+    monkeypatch.setattr(launch, "leave_world", lambda: left.append(True))
+    with pytest.raises(MemoryError, match="out of"), launch.joined_world():
+        raise MemoryError("out of memory")
+    assert bool(left) == takes_leave
+    left.clear()
+    with launch.joined_world() as joined:
+        assert joined is world
+    assert left

@@ -13,7 +13,7 @@ from vmd_scale.model import VMD
 from vmd_scale.model.layers import Block
 from vmd_scale.planning.memory import BUCKET
 from vmd_scale.planning.workload import fitting_micro_batch
-from vmd_scale.precision import precision_on
+from vmd_scale.precision import DTYPES, precision_on
 from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
 from vmd_scale.training.optim import build_optimizer
@@ -214,7 +214,8 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    model.to(world.device)
+    if config.zero_stage < 3:
+        model.to(world.device)
     model.fused_loss = config.zero_stage < 3
     model.checkpoint_activations(config.training.activation_checkpointing)
     if config.training.fp8:
@@ -229,9 +230,17 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
     if config.zero_stage > 0:  # DeepSpeed allocates the whole of it, 1 or 2 GB by default
         parameters = sum(p.numel() for p in model.parameters())
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
+    optimizer = build_optimizer(model, config.training, world.device)
+    if config.zero_stage == 3:  # parameter by parameter: a model that is too large for a GPU is never whole on one
+        deepspeed.zero.Init(
+            module=model.to(DTYPES[precision]),
+            config_dict_or_path=settings,
+            # of an engine before this one, in the same process; Init would make it again
+            zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
+        )
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config.training, world.device),
+        optimizer=optimizer,
         config=settings,
         dist_init_required=False,
     )

@@ -7,8 +7,8 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -158,6 +158,22 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     group = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, group)
+
+
+@contextmanager
+def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
+    """`join_world`, and in the end `leave_world`.
+
+    Not on GPUs after an error: NCCL's farewell waits for all ranks, and one that fails by itself would wait in it,
+    before it has said why, until the others give up.
+    """
+    world, failed = join_world(timeout), True
+    try:
+        yield world
+        failed = False
+    finally:
+        if not failed or world.device.type != "cuda":
+            leave_world()
 
 
 def leave_world() -> None:

@@ -25,7 +25,7 @@ from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer, keep_tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
 from vmd_scale.training.fp8 import check_fp8
-from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, join_world, leave_world, world_size_from_environment
+from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, joined_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
@@ -43,14 +43,11 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
         world_size: number of ranks; None takes it from the environment.
 
     Raises:
-        UserError: contradictions with the number of ranks, the precision or the `deepspeed` section; an attention
-            kernel that is not there; unknown protocols.
+        UserError: contradictions with the number of ranks, the precision or the `deepspeed` section; unknown protocols.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_deepspeed_keys(config)
     deepspeed_config(config, world_size or world_size_from_environment(), resolve_precision(config, device))
-    if config.model.attention == "flash" and not flash_available(config.model.width // config.model.heads):
-        raise UserError("model.attention 'flash' needs a GPU and flash-attn (pip install flash-attn); or use 'auto'")
     if config.training.fp8:
         check_fp8(resolve_precision(config, device))
     for protocol in config.evaluation.protocols:
@@ -59,6 +56,16 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
                 f"evaluation.protocols: {protocol!r} is an estimate of published code and bounds nothing, so that it "
                 "cannot say which checkpoint is best; evaluate.py computes it"
             )
+
+
+def check_attention(config: Config) -> None:
+    """Try the kernel, on this rank's own GPU: not before `join_world`, which chooses it.
+
+    Raises:
+        UserError: it is not there, or does not work.
+    """
+    if config.model.attention == "flash" and not flash_available(config.head_width):
+        raise UserError("model.attention 'flash' needs a GPU and flash-attn (pip install flash-attn); or use 'auto'")
 
 
 def check_beginning(config: Config, run_folder: Path, tokenizer: Tokenizer, parts: Parts) -> None:
@@ -166,16 +173,14 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
     hang = config.training.hang_timeout
-    world = join_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60))
-    try:
+    with joined_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60)) as world:
+        world.on_all(lambda: check_attention(config))
         # On one rank: a checkpoint that it looks into has a file of each of the ranks that wrote it.
         world.on_main(lambda: check_beginning(config, run_folder, tokenizer, parts or Parts()))
         prepare_together(config, world, tokenizer)
         run_folder.mkdir(parents=True, exist_ok=True)
         start_logging(run_folder, world.rank)
         return pretrain(config, run_folder, world, tokenizer, parts)
-    finally:
-        leave_world()
 
 
 def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenizer, parts: Parts | None = None) -> int:

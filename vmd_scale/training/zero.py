@@ -91,6 +91,8 @@ class ShardedMaster:
             _get(self._optimizer, "update_lp_params")()
         elif self._stage == 3:
             _get(self._optimizer, "_partition_all_parameters")()
+            for parameter in self._engine.module.parameters():
+                parameter.ds_secondary_tensor = None  # ZeRO++'s copy within a node (zero_hpz_partition_size) is stale
             for group in range(len(self.partitions)):
                 _get(self._optimizer, "_reassign_or_swap_out_partitioned_parameters")(group)
             persistent = _get(self._optimizer, "persistent_parameters")
