@@ -331,10 +331,13 @@ def main() -> None:
     if unknown := [name for name in args.only if name not in COUNTED]:
         raise UserError(f"--only {unknown[0]}: allowed: {', '.join(COUNTED)}")
     results = json.loads(args.json.read_text()) if args.json.is_file() else {}
-    if args.part == "estimators":
+    if args.part == "counts":
+        known = {r["protocol"]: r for r in [*results.get("counts", []), *counts(args.data, args.only)]}
+        results["counts"] = [known[name] for name in COUNTED if name in known]
+    elif args.part == "estimators":
         results["estimators"] = estimators(args.data, args.steps, args.replicates, args.folder.resolve())
     else:
-        results[args.part] = counts(args.data, args.only) if args.part == "counts" else reference(args.data)
+        results["reference"] = reference(args.data)
     results.setdefault("made", {})[args.part] = provenance()
     write_json(args.json, results)
     write_atomically(args.json.with_suffix(".md"), page(results))

@@ -21,7 +21,7 @@ from vmd_scale.data.manifest import read_manifest
 from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.shards import verify_folder
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.files import check_writable, write_atomically
+from vmd_scale.files import check_writable, write_json
 
 OF_ACTION = {"prepare": ("config", "set", "splits", "force", "json"), "inspect": ("plot",), "verify": ()}
 
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, may be repeated")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="train, validation, test; default: all there are")
     parser.add_argument("--force", action="store_true", help="throw away what data.shards holds and start again")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the resulting manifest there as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the manifest there; of a mixture {folder: manifest}"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with inspect: draw the lengths of the documents")
     args = parser.parse_args()
     unused = {name for names in OF_ACTION.values() for name in names} - {*OF_ACTION[args.action], "config"}
@@ -52,7 +54,8 @@ def main() -> None:
         manifests = prepare_all(load_config(args.config, args.set).data, splits=args.splits, force=args.force)
         print("\n\n".join(describe(manifest) for manifest in manifests.values()))
         if args.json:
-            write_atomically(args.json, next(iter(manifests.values())).model_dump_json(indent=2).encode())
+            written = {folder: manifest.model_dump(mode="json") for folder, manifest in manifests.items()}
+            write_json(args.json, written if len(written) > 1 else next(iter(written.values())))
         return
     if not args.folder or args.config:
         raise UserError(f"expected: {args.action} DIR; see --help")

@@ -21,6 +21,7 @@ from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.files import write_atomically
 
 THREADS = 16
+DEFAULT_LENGTH = 4192  # SentencePiece's, in bytes; longer lines would be left out
 
 
 def train(inputs: list[Path], vocab_size: int, output: Path, threads: int, sentences: int, seed: int = 0) -> None:
@@ -41,11 +42,12 @@ def train(inputs: list[Path], vocab_size: int, output: Path, threads: int, sente
         raise UserError(f"--output {output}: expected a name that ends in .model")
     if sentences < 1:
         raise UserError(f"--sentences {sentences}: must be at least 1")
-    model = io.BytesIO()
+    model, drawn = io.BytesIO(), _drawn(inputs, sentences, seed)
     try:
         # Through an iterator and a writer: the names of the files would become part of the model.
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_drawn(inputs, sentences, seed)),
+            sentence_iterator=iter(drawn),
+            max_sentence_length=max([DEFAULT_LENGTH, *(len(line.encode()) for line in drawn)]),
             model_writer=model,
             vocab_size=vocab_size,
             num_threads=threads,

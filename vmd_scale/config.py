@@ -6,11 +6,14 @@ Whatever follows from something else (accumulation, vocabulary, head width) is c
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+FILES = (".json", ".model", ".txt", ".bpe")  # of tokenizers
 
 
 def _split_steps(value: object) -> object:
@@ -27,6 +30,16 @@ StepCounts = Annotated[tuple[StepCount, ...], BeforeValidator(_split_steps), Fie
 def step_values(steps: Sequence[int | str]) -> tuple[float, ...]:
     """``[1, 4, "inf"]`` as numbers: ``(1.0, 4.0, math.inf)``."""
     return tuple(math.inf if step == "inf" else float(step) for step in steps)
+
+
+def _without_folders(tokenizer: str) -> str:
+    """OWNER/NAME of a hub, gpt2 for gpt2:FOLDER, of a file or folder its last name."""
+    kind, colon, _ = tokenizer.partition(":")
+    if colon and kind in ("gpt2", "bert"):
+        return kind
+    path = Path(tokenizer)
+    of_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", tokenizer) and not path.exists() and path.suffix not in FILES
+    return tokenizer if of_hub else path.name
 
 
 class Section(BaseModel):
@@ -397,7 +410,7 @@ class Config(Section):
         return self.model_copy(update=changed)
 
     def publishable(self) -> dict[str, Any]:
-        """All of it but where files lie on this machine. Data sets of a hub (hf:) keep their names."""
+        """All of it but where files lie on this machine. Data sets (hf:) and tokenizers of a hub keep their names."""
         values = self.model_dump(mode="json")
         for number, corpus in enumerate((values["data"], *values["data"]["mixture"])):
             source = corpus["source"]
@@ -405,7 +418,7 @@ class Config(Section):
             if not all(str(name).startswith("hf:") for name in names):
                 corpus["source"] = None
             corpus["shards"] = f"shards-{number}" if number else "shards"  # a folder of its own, as is required
-        values["data"] |= {"cache": None, "tokenizer": Path(self.data.tokenizer).name}
+        values["data"] |= {"cache": None, "tokenizer": _without_folders(self.data.tokenizer)}
         values["training"]["init_from"] = None
         return values
 

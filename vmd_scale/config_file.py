@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -96,7 +96,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node = values
     *parents, leaf = key.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # a section that is not there, or null as in what a run writes down
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UserError(f"--set {override}: {parent} is a value, not a section")
     node[leaf] = value
@@ -142,15 +144,22 @@ def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
     section: type[BaseModel] = Config
     for part in path:
         field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = None if field is None else _section_of(field.annotation)
+        if inner is None:
             return None
-        section = field.annotation
+        section = inner
     return section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """`annotation`, or what it is where it may be null."""
+    options = (annotation, *get_args(annotation))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def _all_keys(section: type[BaseModel] = Config) -> set[str]:
     keys = set(section.model_fields)
     for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= _all_keys(field.annotation)
+        if (inner := _section_of(field.annotation)) is not None:
+            keys |= _all_keys(inner)
     return keys

@@ -13,5 +13,6 @@ trap 'pkill -USR1 --pgroup 0 --full -- --local_rank=' USR1
 ) &
 child=$!
 wait $child; code=$?
-while kill -0 $child 2>/dev/null; do wait $child; code=$?; done
+while ((code == 138)) && kill -0 $child 2>/dev/null; do wait $child; code=$?; done  # 138: the signal broke off a wait
+if ((code == 138)); then wait $child; code=$?; fi  # it came as the launcher ended, whose code bash remembers
 exit $code

@@ -11,9 +11,12 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
+from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.preemption import BY_FILE
+from vmd_scale.training.same_run import check_same_run
 from vmd_scale.training.status import read_status, this_start
 
 
@@ -31,7 +34,7 @@ def before(arguments: list[str]) -> tuple[Path, str, int]:
     """Run folder, whether there is anything to do, and a port on this node, which is the first of the job.
 
     Raises:
-        UserError: bad input, or another job is at work in the folder.
+        UserError: bad input, another job is at work in the folder, or another experiment has finished in it.
     """
     parser = ArgumentParser(prog="pretrain.sbatch", add_help=False)
     parser.add_argument("--config")
@@ -44,6 +47,8 @@ def before(arguments: list[str]) -> tuple[Path, str, int]:
     run = args.output or Path("runs") / Path(args.config).stem
     status = read_status(run)
     if status is not None and status.state == "finished" and status.step >= config.training.steps:
+        for newest in whole_checkpoints(run / "checkpoints")[-1:]:  # or it would be another run that is finished
+            check_same_run(config, load_tokenizer(config.data.tokenizer).fingerprint, [], newest)
         return run, "finished", 0
     if status is not None and status.state == "running":
         job = status.start.split(".")[0]

@@ -58,7 +58,7 @@ def main() -> None:
     logs = log_folder(run)
     if not args.dry_run:
         logs.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder for --output
-    job = ""
+    job = first = ""
     for link in range(args.chain):
         command = sbatch_command(args, run, after=job)
         if args.dry_run:
@@ -66,9 +66,10 @@ def main() -> None:
             job = f"JOB{link + 1}"
         else:
             job = submit(command)
+            first = first or job
             print(f"job {job}" + (f", {link + 1} of {args.chain}" if args.chain > 1 else ""))
     if not args.dry_run:
-        print(f"logs: {logs}/    queue: squeue --me    stop with a checkpoint: scancel --signal=USR1 {job}")
+        print(f"logs: {logs}/    queue: squeue --me    stop with a checkpoint: scancel --signal=USR1 {first}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -95,12 +96,17 @@ def check(args: argparse.Namespace) -> None:
     asked = [args.config, *args.set]
     if element is None and any("%a" in text for text in [*asked, str(args.output)]):
         raise UserError("%a stands for the number of an element of a job array: add --sbatch=--array=FIRST-LAST")
+    if any("%a" in text for text in asked) and "%a" not in str(args.output):
+        raise UserError("%a makes several runs, and each needs a folder of its own: --output runs/NAME%a")
     path, *overrides = (text.replace("%a", element or "") for text in asked)
     config = load_config(path, overrides)
 
-    from vmd_scale.training.engine import accumulation_steps  # imports torch: after all that is quick
+    from vmd_scale.training.start import check_settings  # imports torch: after all that is quick
 
-    accumulation_steps(config, args.nodes * ranks_per_node(args))
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "bf16" if args.gpus_per_node else "fp32"
+    check_settings(config, args.nodes * ranks_per_node(args), precision)
 
 
 def log_folder(run: Path) -> Path:

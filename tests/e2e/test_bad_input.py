@@ -221,7 +221,7 @@ def test_sources(refused, desk):
         strange = desk.folder / "strange.txt"
         strange.write_text("plain words\n" * 1000 + "then a résumé\n")
         line = refused(launcher, *pretrain(desk, shards, f"data.source={strange}", "data.normalizer=none"))
-        assert re.search("'é'.*data.normalizer|'é'.*alphabet|é", line), line
+        assert re.search("'é'.*data.normalizer|'é'.*alphabet", line), line
 
 
 def test_shards_that_are_not_what_was_written(refused, desk):

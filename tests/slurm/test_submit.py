@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from vmd_scale.config_file import load_config
+from vmd_scale.tokenization import load_tokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -98,7 +101,10 @@ def test_elements_of_an_array_have_a_folder_for_their_output(lab, call, monkeypa
         (("--gpus-per-node", 2, "--ranks-per-node", 2), "--ranks-per-node is for nodes without GPUs"),
         (("--ranks-per-node", 0), "--ranks-per-node must be at least 1"),
         (("--output", "runs/seed%a"), "%a stands for the number of an element of a job array: add --sbatch=--array"),
-        (("--sbatch=--array=1-2", "--set", "training.seed=x%a"), "training.seed: .*found 'x1'"),
+        (("--sbatch=--array=1-2", "--set", "training.seed=%a"), "%a makes several runs, .* --output runs/NAME%a"),
+        (("--sbatch=--array=1-2", "--set", "training.seed=x%a", "--output=r%a"), "training.seed: .*found 'x1'"),
+        (("--set", "deepspeed.zero_optimisation={}"), "unknown key 'deepspeed.zero_optimisation'; did you mean"),
+        (("--set", 'evaluation.protocols=["nope"]'), "'nope' does not exist"),
         (("--time", "tomorrow"), "--time 'tomorrow': expected MINUTES"),
         (("--time", "2"), "--time 2 leaves no time before --stop-before 120 seconds"),
     ],
@@ -176,6 +182,21 @@ def test_a_finished_run_has_something_to_do_when_its_steps_are_raised(start, lab
     code, (run, verdict, port), _ = call(JOB.main, *arguments, "--set", "training.steps=13")
     assert (code, run, verdict) == (0, str(tmp_path), "go")
     assert int(port) >= 12007
+
+
+def test_another_experiment_is_not_finished_because_one_in_its_folder_is(start, lab, call, tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished", "step": 12, "start": "3.0"}))
+    newest = tmp_path / "checkpoints" / "step-00000012"
+    newest.mkdir(parents=True)
+    config = load_config(lab.config)
+    state = {"config": config.model_dump(mode="json"), "tokenizer_fingerprint": load_tokenizer("text8").fingerprint}
+    for name, content in (("run_state.json", state), ("manifest.json", {})):
+        (newest / name).write_text(json.dumps(content))
+    arguments = ("before", "--config", lab.config, f"--output={tmp_path}")
+    assert call(JOB.main, *arguments) == (0, [str(tmp_path), "finished", "0"], [])
+    code, _, err = call(JOB.main, *arguments, "--set", "training.seed=5")
+    assert code == 2
+    assert "training.seed is 5" in err[0]
 
 
 def test_two_jobs_at_work_in_one_folder_are_refused(start, lab, call, monkeypatch, tmp_path):

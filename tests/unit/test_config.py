@@ -35,6 +35,16 @@ def test_what_a_run_writes_down_does_not_depend_on_later_defaults():
     assert config.resolved().resolved() == config.resolved()
 
 
+def test_a_section_that_is_null_may_be_set(tmp_path):
+    """As in a run's config.json, which names every key."""
+    written = json.loads(parse_config(MINIMAL, "test").to_json())
+    assert written["training"]["lora"] is None
+    lora = load_config(
+        write(tmp_path, "c.json", written), ["training.init_from=w", "training.lora.rank=3"]
+    ).training.lora
+    assert lora.rank == 3
+
+
 def test_a_config_inherits_key_by_key(tmp_path):
     write(tmp_path, "base.json", {**MINIMAL, "latent": {"width": 8, "injection": "add"}})
     (tmp_path / "sub").mkdir()
@@ -96,6 +106,8 @@ def test_fp8_contradicts_adapters_and_numbers_of_positions_that_it_cannot_multip
         ("diffusion.block_size=5", ["diffusion.block_size (5)", "data.row_length (32)"]),
         ("training.steps", ["KEY=VALUE"]),
         ("training.steps.more=1", ["training.steps.more"]),
+        ("training.lora.rnk=2", ["training.lora.rnk", "did you mean 'training.lora.rank'"]),
+        ("training.lora.rank=0", ["training.lora.rank: ", "found 0"]),
     ],
 )
 def test_errors_name_the_key_and_what_is_allowed(tmp_path, override, words):
@@ -129,5 +141,8 @@ def test_what_is_published_names_no_place_on_this_machine_and_is_a_configuration
     assert "home/me" not in json.dumps(published)
     assert published["data"]["mixture"][1]["source"] == "hf:some/name"
     assert published["training"]["trainable"] == ["*"]
+    for given, shown in (("of/hub-7b.1", "of/hub-7b.1"), ("gpt2:/home/me", "gpt2"), ("runs/mine.model", "mine.model")):
+        other = parse_config({"data": {**data, "tokenizer": given}, "training": MINIMAL["training"]}, "private")
+        assert other.publishable()["data"]["tokenizer"] == shown
     published["training"]["trainable"] = []
     assert parse_config(published, "published").data.tokenizer == "tok"

@@ -22,7 +22,7 @@ from vmd_scale.model.head import CHUNK_ELEMENTS, _nll_and_gradient
 from vmd_scale.planning import hardware
 from vmd_scale.planning.activations import activations_of_row, count_parameters, without_memory
 from vmd_scale.planning.communication import all_gather, all_reduce, seconds_per_step
-from vmd_scale.planning.describe import describe
+from vmd_scale.planning.describe import describe, describe_several
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPUS, peak_flops
 from vmd_scale.planning.memory import logits_bytes, memory_of
@@ -384,6 +384,31 @@ def test_a_plan_divides_the_batch_as_a_run_would():
     shares = {gpus: (speed.rows_in_step, speed.micro_batch) for gpus in (1, 8, 16, 32, 24, 128)
               for speed in [plan.speed(gpus)]}  # fmt: skip
     assert shares == {1: (64, 4), 8: (64, 4), 16: (64, 4), 32: (64, 2), 24: (72, 3), 128: (128, 1)}
+
+
+def test_side_by_side_a_line_is_of_one_micro_batch():
+    """Of 512 rows a GPU where the batch has but one for each."""
+    config = config_of(model={"attention": "auto"}, training={"global_batch": 1024, "micro_batch": 512})
+    plan = Plan(config, build_architecture(config, VOCABULARY), GPUS["h100"], "bf16")
+    assert plan.speed(1024).micro_batch == 1
+    line = describe_several({"small": plan}, 1024).splitlines()[-1]
+    assert f"{plan.memory(1024, micro_batch=1).total / 2**30:.1f} " in line
+    assert f"{plan.memory(1024).total / 2**30:.1f} " not in line
+
+
+def test_a_plan_says_what_it_does_not_count():
+    offload = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    frozen = {"init_from": "w.pt", "lora": {"rank": 2}}
+    for changes, words in (
+        ({}, []),
+        ({"deepspeed": offload}, ["offloaded"]),
+        ({"training": frozen}, ["frozen weights"]),
+    ):
+        config = config_of(**changes)
+        plan = Plan(config, build_architecture(config, VOCABULARY), GPUS["h100"], "bf16")
+        notes = [line for line in describe(plan, 8).splitlines() if line.startswith("note: ")]
+        assert len(notes) == len(words)
+        assert all(word in note for word, note in zip(words, notes, strict=True))
 
 
 def test_what_does_not_fit_is_marked():

@@ -404,3 +404,29 @@ def test_the_legend_names_every_curve(names, tmp_path):
     draw_png(draw)
     assert labels == [f"{name} fixed z, ELBO" for name in names]
     plot_bound_against_steps(tmp_path / "picture.png", results)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({}, "nelbo (valid bound)"),
+        ({"diffusion": {"free_bits": 0.5}}, "nelbo (no bound: the KL is not counted whole)"),
+        ({"diffusion": {"kl_weight": {"end": 0.5}}}, "nelbo (no bound: the KL is not counted whole)"),
+        ({"training": {"optimizer": "muon"}}, "Muon for matrices, learning rate 0.02; AdamW for all else; betas"),
+        ({"training": {"init_from": "w", "lora": {"rank": 3}}}, "w; trained: adapters of rank 3"),
+        ({"latent": {"prior": "conditional"}}, "prior conditional"),
+    ],
+)
+def test_the_settings_say_what_was_trained(run, settings, shown):
+    config = json.loads((run / "config.json").read_text())
+    for section, values in settings.items():
+        config[section] |= values
+    (run / "config.json").write_text(json.dumps(config))
+    assert shown in Page(write_report(run)).text
+
+
+def test_runs_whose_bounds_do_not_compare_are_drawn_with_a_warning(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    for folder, protocol in ((run, "lm1b_packed"), (other, "lm1b_unpacked")):
+        (folder / "evaluation.json").write_text(json.dumps([result(4, protocol=protocol)]))
+    assert "They do not compare: protocol differ." in Page(write_report([run, other], tmp_path / "page.html")).text

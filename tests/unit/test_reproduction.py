@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,9 @@ from vmd_scale.reproduction import runs
 from vmd_scale.reproduction.measures import count_rows, exact_bound, js_divergence, kl_divergence
 from vmd_scale.reproduction.page import rows_of, write_page
 from vmd_scale.reproduction.runs import jobs_of
-from vmd_scale.reproduction.task import Measurement
+from vmd_scale.reproduction.task import Measurement, Row
 from vmd_scale.reproduction.tasks import TASKS
+from vmd_scale.reproduction.verdicts import verdicts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RESULTS = CONFIGS.parent / "docs" / "results"
@@ -98,6 +99,9 @@ def test_a_folder_is_found_again_by_the_same_configuration_only():
         jobs("four_tokens_d1", extra=["data.packing=pad"])[0],
     ]
     assert len({first.folder, *(job.folder for job in others)}) == 4
+    (prepared_by_many, *_) = jobs("four_tokens_d1", extra=["data.workers=8"])
+    assert (prepared_by_many.folder, prepared_by_many.changes_data) == (first.folder, False)
+    assert [job.changes_data for job in others] == [False, False, True]
     assert others[2].config.data.shards != first.config.data.shards
     assert others[1].config.data.shards == first.config.data.shards
 
@@ -182,6 +186,10 @@ def test_a_published_figure_stands_only_where_it_was_measured():
     assert [row.published for row in rows] == [0.990, None, None, None]
     easier = rows_of(task, [replace(job, fast=True)], [runs.Measured(tuple(measured), "2026-01-01", "two cores")])
     assert [row.published for row in easier] == [None] * 4  # of puzzles with more clues
+    other = rows_of(
+        task, [replace(job, changes_data=True)], [runs.Measured(tuple(measured), "2026-01-01", "two cores")]
+    )
+    assert [row.published for row in other] == [None] * 4
     assert all(row.std is None for row in rows)
 
 
@@ -197,3 +205,7 @@ def test_the_results_in_the_repository_are_of_its_tasks(name):
         assert f"| {job.method} | {job.config.groups} |" in page
         assert f"| {job.config.training.steps:,} |" in page
     assert "## Goals" in page
+    found = [Row(**{f.name: r.get(f.name, ()) for f in fields(Row)}) for r in rows]
+    blocks = {row.blocks for row in found}
+    for goal in TASKS[name].goals:  # one that no row can be about would be left out without a word
+        assert goal.blocks not in blocks or verdicts(goal, [replace(row, scaled_down=False) for row in found])

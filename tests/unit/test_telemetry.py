@@ -1,6 +1,7 @@
 """What a run says while it trains: lines where it is read from a file, a bar on a terminal."""
 
 import io
+import json
 import logging
 import sys
 from pathlib import Path
@@ -73,3 +74,15 @@ def test_the_time_left_is_that_of_the_steps_of_this_start(tmp_path, monkeypatch)
     now[0] += 10
     assert telemetry._time_left(1100) == "00:10"
     telemetry.close()
+
+
+def test_a_torn_event_is_forgotten_and_no_other(tmp_path, plain_logging):
+    """A node lost its power; what happened at steps that are made again did happen."""
+    kept = json.dumps({"event": "skipped", "step": 9, "time": 1.0})
+    (tmp_path / "events.jsonl").write_text(f'{kept}\n{{"event": "sto')
+    telemetry = Telemetry(tmp_path, load_config(CONFIG), True, 5)
+    telemetry.event("resumed", 5)
+    telemetry.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert lines[0] == kept
+    assert [json.loads(line)["event"] for line in lines] == ["skipped", "resumed"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,6 +201,10 @@ def test_the_same_text_gives_the_same_sentencepiece_model(tmp_path: Path) -> Non
         models.append((folder / "new.model").read_bytes())
     assert models[0] == models[1]
     assert models[0] != models[2]
+    (tmp_path / "long.txt").write_text("zebra " * 2000 + f"\n{text}")
+    module.train([tmp_path / "long.txt"], 280, tmp_path / "long.model", 4, 1000)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "long.model"))
+    assert "<0x" not in "".join(processor.encode("zebra", out_type=str))
     with pytest.raises(UserError, match="--vocab-size 100: SentencePiece refused"):
         module.train([tmp_path / "one" / "one.txt"], 100, tmp_path / "small.model", 1, 120)
     assert not (tmp_path / "small.model").exists()

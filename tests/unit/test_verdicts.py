@@ -55,6 +55,8 @@ def test_one_method_is_better_only_beyond_the_error():
     for gain, verdict in ((0.11, "yes"), (0.09, "undecided"), (-0.09, "undecided"), (-0.11, "no")):
         assert reached(goal, replace(vmd, mean=0.5 + gain), replace(mdm, mean=0.5)) == [verdict]
     assert reached(goal, vmd) == []
+    unknown = [replace(row, standard_error=None) for row in (vmd, mdm)]  # one value of one seed
+    assert reached(goal, replace(unknown[0], mean=0.9), unknown[1]) == ["undecided"]
     vmd, mdm = (replace(r, std=s, seeds=9) for r, s in ((vmd, 0.09), (mdm, 0.12)))  # of the means 0.03 and 0.04
     assert reached(goal, replace(vmd, mean=0.61), replace(mdm, mean=0.5)) == ["yes"]
     vmd, mdm = (replace(r, std=s * math.sqrt(2), seeds=2) for r, s in ((vmd, 0.03), (mdm, 0.04)))

@@ -1,6 +1,6 @@
 """Plans in words: of one configuration, of several side by side, and of a run on the device at hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from vmd_scale.config import Config
@@ -54,7 +54,7 @@ def describe(plan: Plan, gpus: int) -> str:
             f"{speed.days:>10,.2f}{speed.price:>11,.0f}{speed.efficiency:>12.0%}{plan.weak_efficiency(speed.gpus):>9.0%}"
             f"{mark}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_counted([config])])
 
 
 def describe_several(plans: Mapping[str, Plan], gpus: int) -> str:
@@ -70,11 +70,26 @@ def describe_several(plans: Mapping[str, Plan], gpus: int) -> str:
         lines.append(
             f"{name:<{width}}{_large(plan.denoiser):>10}{_large(plan.parameters - plan.denoiser):>10}"
             f"{_large(plan.tokens):>10}{config.zero_stage:>6}{speed.micro_batch:>7}"
-            f"{config.training.activation_checkpointing:>15}{plan.memory(gpus).total / GIB:>7.1f}"
+            f"{config.training.activation_checkpointing:>15}"
+            f"{plan.memory(gpus, micro_batch=speed.micro_batch).total / GIB:>7.1f}"
             f"{speed.tokens_per_second:>13,.0f}{speed.tokens_per_second / gpus:>10,.0f}{speed.days:>9,.2f}"
             f"{speed.price:>11,.0f}{'' if speed.fits else ' too large'}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_counted([plan.config for plan in plans.values()])])
+
+
+def _not_counted(configs: Sequence[Config]) -> list[str]:
+    """Notes on what makes a run cheaper than its plan."""
+    frozen = any(c.training.lora or c.training.trainable for c in configs)
+    zero = [c.deepspeed.get("zero_optimization", {}) for c in configs]
+    offloaded = any(
+        (z.get(f"offload_{part}") or {}).get("device") == "cpu" for z in zero for part in ("optimizer", "param")
+    )
+    notes = {
+        "frozen weights are counted as if they were trained": frozen,
+        "what is offloaded, as if it were not": offloaded,
+    }
+    return [f"note: {note}" for note, holds in notes.items() if holds]
 
 
 def _large(number: float) -> str:
@@ -107,4 +122,4 @@ def describe_run(
             f"hours             {hours:,.2f} at the peak of this device ({peak / 1e12:,.2f} TFLOP/s a rank); "
             f"{hours / 0.4:,.2f} at 40 % of it"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_counted([config])])

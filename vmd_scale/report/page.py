@@ -187,16 +187,21 @@ def _settings(run: Run) -> str:
     )
     if latent.width:
         z = f"{latent.width} wide, one a {latent.scope}, injected by {latent.injection}; "
-        z += f"encoder {config.encoder_layers} layers × {config.encoder_width}"
+        z += f"encoder {config.encoder_layers} layers × {config.encoder_width}, prior {latent.prior}"
         weight = diffusion.kl_weight
         kl = f"{weight.start:g} to {weight.end:g} over {weight.warmup_steps:,} steps; {diffusion.free_bits:g} nats free"
     else:
         z, kl = "none: a plain masked diffusion model (MDM)", "no latent"
     if diffusion.objective != "vmd":
         samples = f", K = {diffusion.importance_samples}" if diffusion.objective == "iw" else ""
-        objective = f"{diffusion.objective} (valid bound), T from {', '.join(map(str, diffusion.steps))}{samples}"
+        whole = not latent.width or (diffusion.kl_weight.end >= 1 and not diffusion.free_bits)
+        kind = "valid bound" if whole else "no bound: the KL is not counted whole"
+        objective = f"{diffusion.objective} ({kind}), T from {', '.join(map(str, diffusion.steps))}{samples}"
     else:
         objective = "vmd (the papers' surrogate, not a bound)"
+    optimizer = "AdamW"
+    if training.optimizer == "muon":
+        optimizer = f"Muon for matrices, learning rate {training.muon_learning_rate:g}; AdamW for all else"
     rows = {
         "corpus": data.corpus,
         "tokenizer": data.tokenizer,
@@ -212,11 +217,15 @@ def _settings(run: Run) -> str:
         "batch": f"{training.global_batch:,} rows ({training.global_batch * data.row_length:,} tokens), "
         f"micro-batch {training.micro_batch:,}",
         "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, {training.warmup_steps:,} warm-up steps",
-        "optimizer": f"betas {training.betas[0]:g}, {training.betas[1]:g}; weight decay {training.weight_decay:g}; "
-        f"clip {training.gradient_clip:g}; EMA {training.ema_decay:g}",
+        "optimizer": f"{optimizer}; betas {training.betas[0]:g}, {training.betas[1]:g}; "
+        f"weight decay {training.weight_decay:g}; clip {training.gradient_clip:g}; EMA {training.ema_decay:g}",
         "precision": f"{training.precision}; ZeRO stage {config.zero_stage}",
         "seed": str(training.seed),
     }
+    if training.init_from is not None:
+        adapters = (f"adapters of rank {training.lora.rank}",) if training.lora else ()
+        parts = ", ".join((*adapters, *training.trainable)) or "all weights"
+        rows["started from"] = f"{training.init_from}; trained: {parts}"
     if run.facts.unigram_bits_per_token is not None:
         rows["unigram entropy"] = f"{run.facts.unigram_bits_per_token:.4f} bits per {unit_of(config)}"
     body = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())

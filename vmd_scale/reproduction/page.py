@@ -41,7 +41,7 @@ def rows_of(task: Task, jobs: Sequence[Job], results: Sequence[Measured]) -> lis
                 std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 standard_error=float(np.mean(errors)) if errors else None,
                 seeds=len(values),
-                published=task.published_beside(what, jobs[0].fast),
+                published=None if jobs[0].changes_data else task.published_beside(what, jobs[0].fast),
                 scaled_down=jobs[0].fast,
                 row_nats=tuple(nats) if len(nats) == len(found) else (),
             )

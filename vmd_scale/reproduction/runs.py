@@ -13,6 +13,7 @@ from functools import cache
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -43,11 +44,12 @@ class Job:
     sizes: Sizes
     fast: bool
     folder: Path
+    changes_data: bool = False  # by what the user has set: no published figure is of these rows
 
     @property
     def asked(self) -> dict[str, object]:
         """What its measurements are of."""
-        return {"config": self.config.model_dump(mode="json"), "sizes": asdict(self.sizes), "code": _measuring_code()}
+        return {"config": _asked(self.config), "sizes": asdict(self.sizes), "code": _measuring_code()}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
         for method in task.methods:
             if any(key == own.partition("=")[0] for own in method.decides(fast)):
                 raise UserError(f"--set {override}: method {method.name!r} of task {task.name!r} decides {key} itself")
+    keys = {override.partition("=")[0] for override in extra}
+    changes_data = any(key.startswith("data.") for key in keys - {"data.source", "data.workers", "data.cache"})
     jobs = []
     for variant in task.variants:
         for method in task.methods:
@@ -86,11 +90,16 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
                     overrides.append(f"data.source={json.dumps(variant)}")
                 config = load_config(configs / task.config, overrides)
                 config = _with_shards(config, runs / task.name)
-                name = f"{variant}-{method.name}-{config.groups}-blocks-seed{seed}-{_digest(config.model_dump())}"
+                name = f"{variant}-{method.name}-{config.groups}-blocks-seed{seed}-{_digest(_asked(config))}"
                 sizes = task.fast_sizes if fast else task.sizes
                 folder = runs / task.name / name.lstrip("-")
-                jobs.append(Job(task.name, variant, method.name, config, sizes, fast, folder))
+                jobs.append(Job(task.name, variant, method.name, config, sizes, fast, folder, changes_data))
     return jobs
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """Without what changes no result."""
+    return config.model_dump(mode="json", exclude={"data": {"workers", "cache", "cache_gib"}})
 
 
 def _with_shards(config: Config, folder: Path) -> Config:

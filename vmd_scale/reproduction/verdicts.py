@@ -10,7 +10,8 @@ from vmd_scale.reproduction.task import Goal, Row, Task
 
 LARGER_IS_BETTER = ("accuracy",)
 # By how many standard errors one method must differ from another: Student's t, 95 %, by degrees of freedom from 1 on.
-SURE = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+SURE = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+MANY = 2.09  # degrees of freedom: more than those, or all that rows give
 SAME = ("variant", "blocks", "steps", "law", "tokens", "split", "metric", "k")  # where two methods are compared
 
 
@@ -98,8 +99,8 @@ def _against(row: Row, method: str, rows: Sequence[Row], better: int) -> Verdict
         freedom = row.seeds + other.seeds - 2 or None
         found = f"{row.mean:.4f} - {other.mean:.4f} = {difference:+.4f} ± {error:.4f}"
     gain = better * difference
-    sure = SURE[freedom - 1] if freedom is not None and freedom <= len(SURE) else 2.0
-    reached = "undecided" if abs(gain) <= sure * error else "yes" if gain > 0 else "no"
+    sure = SURE[freedom - 1] if freedom is not None and freedom <= len(SURE) else MANY
+    reached = "undecided" if not abs(gain) > sure * error else "yes" if gain > 0 else "no"
     return Verdict(row, f"better than {method}", found + _tokens(row), reached)
 
 
@@ -116,7 +117,10 @@ def paired_difference(row: Row, other: Row) -> tuple[float, float, int]:
 
 
 def _error_of_mean(row: Row) -> float:
-    return row.standard_error or 0.0 if row.std is None else row.std / math.sqrt(row.seeds)
+    """Not a number, which decides nothing, where one seed gave a value without an error."""
+    if row.std is not None:
+        return row.std / math.sqrt(row.seeds)
+    return math.nan if row.standard_error is None else row.standard_error
 
 
 def _tokens(row: Row) -> str:

@@ -46,10 +46,16 @@ def check_before_start(config: Config, world_size: int | None = None) -> None:
         UserError: contradictions with the number of ranks, the precision or the `deepspeed` section; unknown protocols.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_deepspeed_keys(config)
-    deepspeed_config(config, world_size or world_size_from_environment(), resolve_precision(config, device))
+    precision = resolve_precision(config, device)
+    check_settings(config, world_size or world_size_from_environment(), precision)
     if config.training.fp8:
-        check_fp8(resolve_precision(config, device))
+        check_fp8(precision)
+
+
+def check_settings(config: Config, world_size: int, precision: str) -> None:
+    """The part of `check_before_start` that needs nothing of the machine that trains; `precision`: fp32 | bf16."""
+    check_deepspeed_keys(config)
+    deepspeed_config(config, world_size, precision)
     for protocol in config.evaluation.protocols:
         if get_protocol(protocol).pads_attended:
             raise UserError(

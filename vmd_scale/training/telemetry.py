@@ -47,6 +47,7 @@ class Telemetry:
         if not is_main:
             return
         self.went_back_to(first_step)
+        drop_records_after(run_folder / EVENTS, sys.maxsize)  # none but one that was torn: they did happen
         self._steps = config.training.steps
         self._bar = tqdm(
             total=config.training.steps,
