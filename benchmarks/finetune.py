@@ -7,8 +7,8 @@
 ag_news: a small masked diffusion model is pretrained on general text (three rows of wiki/wiki2019_docs.jsonl.xz for one
 of openwebtext/openwebtext_1000docs.jsonl.xz) and fine-tuned on 200 and on 2,000 labelled news, in full and by adapters;
 the same network learns from the same labels from scratch. The labelled news are zero_shot/ag_news_test.csv.xz, the only
-part at hand, cut by a fixed shuffle: 5,000 / 600 / 2,000 for training, validation and test. Each tries three learning
-rates and keeps the one that is best on validation.
+part at hand, shuffled once: the first 200 or 2,000 train, 600 others choose the best of five learning rates, and the
+last 2,000 test.
 sudoku: pretrained on puzzles with many clues (sudoku/kids.csv.xz), fine-tuned on 2,000 of those with the fewest
 (sudoku/expert.csv.xz): in full, by adapters, and by training nothing but a latent that the pretrained network did not
 have; cells and whole puzzles that are right, of 500 unseen ones, by the margin order in 2 and in 10 steps.
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/finetune-benchmark")
 NAMES = {"1": " World", "2": " Sports", "3": " Business", "4": " Science"}
 LABELLED = (200, 2000)
-RATES = (3e-4, 1e-3, 3e-3)  # of learning from labels
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of learning from labels
 SAMPLER_STEPS = (2, 10)  # in which a puzzle is filled in
 STARTS = {  # what a fine-tuning run is made of, beside its data
     "scratch": ("--set", "training.init_from=null"),

@@ -102,7 +102,7 @@ class Trainer:
         a = build_architecture(config, tokenizer.vocab_size)
         varlen = self.precision == "bf16" and isinstance(model.denoiser.blocks.kernel, Flash)
         attended = attended_positions(config.data, manifests) if varlen else None
-        self.flops_per_token = flops_of(config, a, world.device.type == "cuda", attended).total
+        self.flops = flops_of(config, a, world.device.type == "cuda", attended)
         self.peak_flops = peak_flops(world.device)
 
     @property
@@ -345,8 +345,9 @@ class Trainer:
         waited, self.waited = self.loader.wait_seconds - self.waited, self.loader.wait_seconds
         steps, self.step_at_log = done - self.step_at_log, done
         new_tokens, self.tokens_at_log = tokens - self.tokens_at_log, tokens
-        # The network computes padding and given tokens too: they are work, though not progress.
+        # Padding and given tokens go through the network too, though not through its head: work, but not progress.
         positions = steps * self.config.training.global_batch * self.config.data.row_length
+        work = positions * (self.flops.total - self.flops.head) + new_tokens * self.flops.head
         return {
             "step": done,
             "tokens": tokens,
@@ -357,7 +358,7 @@ class Trainer:
             "lr": learning_rate_at(done - 1, self.config.training),
             "grad_norm": self.master.gradient_norm(),
             "tokens_per_second": new_tokens / seconds,
-            "mfu": positions * self.flops_per_token / (seconds * self.peak_flops * self.world.size),
+            "mfu": work / (seconds * self.peak_flops * self.world.size),
             "data_wait_fraction": waited / seconds,
             "peak_memory_gib": peak_of_process(self.world.device) / 2**30,  # of rank 0, since this start
             "skipped_steps": self.skipped_steps,
