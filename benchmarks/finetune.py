@@ -13,8 +13,9 @@ sudoku: pretrained on puzzles with many clues (sudoku/kids.csv.xz), fine-tuned o
 (sudoku/expert.csv.xz): in full, by adapters, and by training nothing but a latent that the pretrained network did not
 have; cells and whole puzzles that are right, of 500 unseen ones, by the margin order in 2 and in 10 steps.
 
-Everything goes through the launchers, and into runs/finetune-benchmark; what is there already is not made again. After
-+- stands the standard error over the rows of the test. On two CPU cores ag_news takes an hour, sudoku ten minutes.
+Everything goes through the launchers, and into runs/finetune-benchmark; what is there already is not made again.
+Standard errors are over the rows of the test; another seed of training would differ by more. On two CPU cores ag_news
+takes an hour, sudoku ten minutes.
 """
 
 import argparse
