@@ -1,7 +1,7 @@
 """Several runs side by side: where their settings differ, and their curves in the same pictures."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,21 +57,22 @@ def comparison_figures(runs: Sequence[Run]) -> dict[str, Picture]:
         caption += f" They do not compare: {', '.join(differing)} differ." if differing else ""
         png = draw_png(lambda f: bound_panel(f.subplots(), bounds, unit), 4.2)
         pictures["all_bounds"] = Picture("Bound against sampling steps, all runs", caption, png)
+    colors = {run.label: COLORS[n % len(COLORS)] for n, run in enumerate(runs)}  # of a run the same in all pictures
     for key, (title, label, caption) in CURVES.items():
         shown = [run for run in runs if run.metrics and (key != "kl" or run.config.latent.width)]
         if shown:
-            png = draw_png(partial(_panel_of_runs, runs=shown, key=key, label=label))
+            png = draw_png(partial(_panel_of_runs, runs=shown, key=key, label=label, colors=colors))
             pictures[f"all_{key}"] = Picture(f"{title}, all runs", caption, png)
     return pictures
 
 
-def _panel_of_runs(figure: Figure, runs: Sequence[Run], key: str, label: str) -> None:
+def _panel_of_runs(figure: Figure, runs: Sequence[Run], key: str, label: str, colors: Mapping[str, str]) -> None:
     axes = figure.subplots()
-    for n, run in enumerate(runs):
+    for run in runs:
         steps, values = column(run.metrics, "step"), column(run.metrics, key)
         smooth = running_mean(values, max(1, len(values) // 50))
-        shown, color = np.where(np.isfinite(values), smooth, np.nan), COLORS[n % len(COLORS)]
-        axes.plot(steps, shown, color=color, label=legend_name(run.label))
+        shown = np.where(np.isfinite(values), smooth, np.nan)
+        axes.plot(steps, shown, color=colors[run.label], label=legend_name(run.label))
     axes.set(xlabel="step", ylabel=label)
     finish_axes(axes, from_zero=key in ("kl", "tokens_per_second"), large=key == "tokens_per_second")
 
