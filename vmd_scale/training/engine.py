@@ -209,6 +209,22 @@ def gather_whole_blocks(model: VMD) -> bool:
     return False
 
 
+def _partition(model: VMD, device: torch.device, precision: str, settings: dict[str, Any]) -> None:
+    """Stage 3: from the host to the ranks, one parameter at a time: too large for a GPU, a model is whole on none."""
+    import deepspeed
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[precision])
+    for buffer in model.buffers():  # of a network of one's own; these stay whole, and in their precision
+        buffer.data = buffer.data.to(device)
+    deepspeed.zero.Init(
+        module=model,
+        config_dict_or_path=settings,
+        # of an engine before this one, in the same process; Init would make it again
+        zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
+    )
+
+
 def build_engine(config: Config, model: VMD, world: World, precision: str) -> Any:
     """Wrap the model into a DeepSpeed engine with our optimizer."""
     import deepspeed
@@ -231,13 +247,8 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
         parameters = sum(p.numel() for p in model.parameters())
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, parameters))
     optimizer = build_optimizer(model, config.training, world.device)
-    if config.zero_stage == 3:  # parameter by parameter: a model that is too large for a GPU is never whole on one
-        deepspeed.zero.Init(
-            module=model.to(DTYPES[precision]),
-            config_dict_or_path=settings,
-            # of an engine before this one, in the same process; Init would make it again
-            zero_param_parallel_group=deepspeed.utils.groups._get_zero_param_intra_parallel_group(),
-        )
+    if config.zero_stage == 3:
+        _partition(model, world.device, precision, settings)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
