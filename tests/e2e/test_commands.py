@@ -172,7 +172,7 @@ def test_from_a_clone_to_a_classifier_and_a_continuation(lab, folder, quickstart
         said.setdefault(Path(words[1]).name, []).append(run(lab, folder, words))
     continued, filled = said["sample.py"]
     assert continued.count("the first argument is") > 2
-    assert len(re.findall(r"^   the[a-z ]{5} of the list", filled, re.MULTILINE)) == 4
+    assert len(re.findall(r"^   the [a-z ]{5} of the list", filled, re.MULTILINE)) == 4
     assert (folder / "quickstart" / "run" / "report.html").exists()
     classified = json.loads((folder / "runs" / "ag_news" / "classification.json").read_text())
     assert {record["split"] for record in classified} == {"validation", "test"}
