@@ -101,14 +101,13 @@ def ag_news(data: Path, folder: Path, scale: float) -> list[dict[str, object]]:
 
 
 def subwords(corpora: Sequence[Path], folder: Path, vocab_size: int) -> Path:
-    """A SentencePiece model of the first lines of some corpora."""
+    """A SentencePiece model of the first documents of some corpora."""
     model, text = folder / "bpe.model", folder / "lines.txt"
     if not model.exists():
         with text.open("w", encoding="utf-8") as lines:
             for corpus in corpora:
                 with lzma.open(corpus, "rt", encoding="utf-8") as file:
-                    for record in itertools.islice(file, 3000):
-                        lines.writelines(f"{line}\n" for line in json.loads(record)["text"].split("\n") if line.strip())
+                    lines.writelines(json.loads(record)["text"] + "\n" for record in itertools.islice(file, 3000))
         call("tokenizer/train_sentencepiece.py", "--input", text, "--vocab-size", vocab_size, "--output", model)
     return model
 

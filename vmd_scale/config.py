@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-FILES = (".json", ".model", ".txt", ".bpe")  # of tokenizers
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".bpe")
 
 
 def _split_steps(value: object) -> object:
@@ -38,7 +38,8 @@ def _without_folders(tokenizer: str) -> str:
     if colon and kind in ("gpt2", "bert"):
         return kind
     path = Path(tokenizer)
-    of_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", tokenizer) and not path.exists() and path.suffix not in FILES
+    is_file = path.exists() or path.suffix in TOKENIZER_SUFFIXES
+    of_hub = not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", tokenizer)
     return tokenizer if of_hub else path.name
 
 

@@ -11,12 +11,11 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from vmd_scale.checkpoints import whole_checkpoints
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.tokenization import load_tokenizer
 from vmd_scale.training.preemption import BY_FILE
-from vmd_scale.training.same_run import check_same_run
+from vmd_scale.training.same_run import check_newest
 from vmd_scale.training.status import read_status, this_start
 
 
@@ -47,8 +46,7 @@ def before(arguments: list[str]) -> tuple[Path, str, int]:
     run = args.output or Path("runs") / Path(args.config).stem
     status = read_status(run)
     if status is not None and status.state == "finished" and status.step >= config.training.steps:
-        for newest in whole_checkpoints(run / "checkpoints")[-1:]:  # or it would be another run that is finished
-            check_same_run(config, load_tokenizer(config.data.tokenizer).fingerprint, [], newest)
+        check_newest(config, load_tokenizer(config.data.tokenizer).fingerprint, run)  # or another one is finished
         return run, "finished", 0
     if status is not None and status.state == "running":
         job = status.start.split(".")[0]

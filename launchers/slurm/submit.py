@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     run = args.output or Path("runs") / Path(args.config).stem
-    check(args)
+    check(args, run)
     logs = log_folder(run)
     if not args.dry_run:
         logs.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder for --output
@@ -72,7 +72,7 @@ def main() -> None:
         print(f"logs: {logs}/    queue: squeue --me    stop with a checkpoint: scancel --signal=USR1 {first}")
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, run: Path) -> None:
     """What would otherwise be found out when the job has waited for its turn.
 
     Raises:
@@ -94,9 +94,9 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--time {args.time} leaves no time before --stop-before {args.stop_before} seconds")
     element = next((match[1] for option in args.sbatch if (match := re.match(r"--array=(\d+)", option))), None)
     asked = [args.config, *args.set]
-    if element is None and any("%a" in text for text in [*asked, str(args.output)]):
+    if element is None and any("%a" in text for text in [*asked, str(run)]):
         raise UserError("%a stands for the number of an element of a job array: add --sbatch=--array=FIRST-LAST")
-    if any("%a" in text for text in asked) and "%a" not in str(args.output):
+    if any("%a" in text for text in asked) and "%a" not in str(run):
         raise UserError("%a makes several runs, and each needs a folder of its own: --output runs/NAME%a")
     path, *overrides = (text.replace("%a", element or "") for text in asked)
     config = load_config(path, overrides)

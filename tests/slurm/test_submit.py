@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vmd_scale.config_file import load_config
+from vmd_scale.files import sha256_of
 from vmd_scale.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,11 @@ def test_elements_of_an_array_have_a_folder_for_their_output(lab, call, monkeypa
     assert f"--output={tmp_path}/runs/slurm/%A_%a.out" in words
     assert words[-4:] == ["--output", str(tmp_path / "runs" / "seed%a"), "--set", "training.seed=%a"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["slurm"]
+    for element in range(3):  # a configuration each is a folder each too
+        shutil.copy(lab.config, tmp_path / f"seed{element}.json")
+    array = ("--config", tmp_path / "seed%a.json", "--sbatch=--array=0-2", "--dry-run")
+    code, (line,), _ = call(SUBMIT.main, *array, "--gpus-per-node", 0)
+    assert (code, "--output runs/seed%a" in line) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +197,9 @@ def test_another_experiment_is_not_finished_because_one_in_its_folder_is(start, 
     newest.mkdir(parents=True)
     config = load_config(lab.config)
     state = {"config": config.model_dump(mode="json"), "tokenizer_fingerprint": load_tokenizer("text8").fingerprint}
-    for name, content in (("run_state.json", state), ("manifest.json", {})):
-        (newest / name).write_text(json.dumps(content))
+    (newest / "run_state.json").write_text(json.dumps(state))
+    wanted = {"bytes": (newest / "run_state.json").stat().st_size, "sha256": sha256_of(newest / "run_state.json")}
+    (newest / "manifest.json").write_text(json.dumps({"files": {"run_state.json": wanted}}))
     arguments = ("before", "--config", lab.config, f"--output={tmp_path}")
     assert call(JOB.main, *arguments) == (0, [str(tmp_path), "finished", "0"], [])
     code, _, err = call(JOB.main, *arguments, "--set", "training.seed=5")

@@ -52,13 +52,17 @@ def check_comparable(results: Sequence[Result], note: str | None) -> None:
     """`UserError` naming what differs, unless there is a note that says why."""
     if note:
         return
-    for key in COMPARED:
-        values = list(dict.fromkeys(_shown(getattr(r, key)) for r in results))
-        if len(values) > 1:
-            raise UserError(
-                f"these results cannot be compared: {key} differs, {' and '.join(map(repr, values))}; "
-                "put them into tables of their own, or say with --note why they stand together"
-            )
+    for key, values in differing(results).items():
+        raise UserError(
+            f"these results cannot be compared: {key} differs, {' and '.join(map(repr, values))}; "
+            "put them into tables of their own, or say with --note why they stand together"
+        )
+
+
+def differing(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Of what must be the same in one table or picture, what is not, with its values as they are shown."""
+    found = {key: list(dict.fromkeys(_shown(getattr(r, key)) for r in results)) for key in COMPARED}
+    return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def beside_published(results: Sequence[Result]) -> str:

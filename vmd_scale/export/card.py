@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vmd_scale import __version__
 from vmd_scale.checkpoints import TrainedModel, checkpoint_id, run_folder_of
+from vmd_scale.config import TOKENIZER_SUFFIXES
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.classification import CLASSIFICATION, Accuracy
 from vmd_scale.evaluation.perplexity import Result, read_results
@@ -228,7 +229,7 @@ def _tokenizer_name(trained: TrainedModel) -> str:
     path = Path(trained.config.data.tokenizer)
     if colon:
         return kind
-    if path.suffix not in (".json", ".txt", ".model", ".bpe"):
+    if path.suffix not in TOKENIZER_SUFFIXES:
         return path.parent.name if path.name == KEPT else path.name
     return path.stem if path.suffix == ".model" else path.absolute().parent.name
 

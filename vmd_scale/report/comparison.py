@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from vmd_scale.evaluation.tables import COMPARED
+from vmd_scale.evaluation.tables import differing
 from vmd_scale.report.figures import COLORS, Picture, bound_panel, draw_png, finish_axes, legend_name, running_mean
 from vmd_scale.report.run import Run, column, newest, unit_of
 
@@ -52,9 +52,8 @@ def comparison_figures(runs: Sequence[Run]) -> dict[str, Picture]:
         baseline = any(not run.config.latent.width for run in runs)
         caption = "The newest bounds of each run; bars are standard errors."
         caption += " MDM is the same code without a latent." if baseline else ""
-        every = [result for results in bounds.values() for result in results]
-        differing = [key for key in COMPARED if len({getattr(result, key) for result in every}) > 1]
-        caption += f" They do not compare: {', '.join(differing)} differ." if differing else ""
+        apart = differing([result for results in bounds.values() for result in results])
+        caption += f" They do not compare: {', '.join(apart)} differ." if apart else ""
         png = draw_png(lambda f: bound_panel(f.subplots(), bounds, unit), 4.2)
         pictures["all_bounds"] = Picture("Bound against sampling steps, all runs", caption, png)
     colors = {run.label: COLORS[n % len(COLORS)] for n, run in enumerate(runs)}  # of a run the same in all pictures

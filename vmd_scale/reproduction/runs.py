@@ -29,6 +29,9 @@ from vmd_scale.provenance import hardware, today
 from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
 from vmd_scale.training.launch import free_port
+from vmd_scale.training.same_run import MOVABLE
+
+OF_THE_MACHINE = {"workers", "cache", "cache_gib"}  # keys of data
 
 _training: subprocess.Popen | None = None  # what this worker waits for
 
@@ -80,7 +83,7 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
             if any(key == own.partition("=")[0] for own in method.decides(fast)):
                 raise UserError(f"--set {override}: method {method.name!r} of task {task.name!r} decides {key} itself")
     keys = {override.partition("=")[0] for override in extra}
-    changes_data = any(key.startswith("data.") for key in keys - {"data.source", "data.workers", "data.cache"})
+    changes_data = any(key.startswith("data.") for key in keys - {f"data.{key}" for key in MOVABLE})
     jobs = []
     for variant in task.variants:
         for method in task.methods:
@@ -99,12 +102,12 @@ def jobs_of(task: Task, seeds: int, fast: bool, extra: Sequence[str], configs: P
 
 def _asked(config: Config) -> dict[str, Any]:
     """Without what changes no result."""
-    return config.model_dump(mode="json", exclude={"data": {"workers", "cache", "cache_gib"}})
+    return config.model_dump(mode="json", exclude={"data": OF_THE_MACHINE})
 
 
 def _with_shards(config: Config, folder: Path) -> Config:
     """Shards of the task's own: the same for all models with the same data, and only for them."""
-    values = config.data.model_dump(exclude={"shards", "workers"})
+    values = config.data.model_dump(exclude={"shards", *OF_THE_MACHINE})
     data = config.data.model_copy(update={"shards": str(folder / f"shards-{_digest(values)}")})
     return config.model_copy(update={"data": data})
 

@@ -1,15 +1,28 @@
 """Whether a checkpoint is of the run that is to go on from it."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
-from vmd_scale.checkpoints import RUN_STATE
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, damage, whole_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
 
 # Keys of data that say where and how, not what.
 MOVABLE = ("shards", "workers", "source", "shard_tokens", "cache", "cache_gib")
+
+
+def check_newest(config: Config, fingerprint: str, run_folder: Path) -> None:
+    """`check_same_run` with the newest whole checkpoint of a run folder, without its data.
+
+    Nothing is said where there is none, or it is unreadable or just being thrown away: resuming finds that out.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        for newest in whole_checkpoints(run_folder / "checkpoints")[-1:]:
+            wanted = json.loads((newest / MANIFEST).read_text())["files"][RUN_STATE]
+            if damage(newest / RUN_STATE, wanted) is None:
+                check_same_run(config, fingerprint, [], newest)
 
 
 def check_same_run(

@@ -1,6 +1,5 @@
 """Everything before the first step: what can be wrong is found here, on all ranks alike, before memory is taken."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vmd_scale.build import Parts
-from vmd_scale.checkpoints import MANIFEST, RUN_STATE, all_checkpoints, damage, whole_checkpoints
+from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.manifest import check_compatible, read_manifest
 from vmd_scale.data.prepare import prepare_all
@@ -29,7 +28,7 @@ from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, joined_world, w
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
-from vmd_scale.training.same_run import check_same_run
+from vmd_scale.training.same_run import check_newest
 from vmd_scale.training.telemetry import FACTS, start_logging
 
 PREPARATION_TIMEOUT = timedelta(days=7)
@@ -81,15 +80,12 @@ def check_beginning(config: Config, run_folder: Path, tokenizer: Tokenizer, part
     a file is found when it is read.
 
     Raises:
-        UserError: patterns of names that nothing has; see `initial_weights.fit`, `check_same_run`.
+        UserError: patterns of names that nothing has; see `initial_weights.fit`, `check_newest`.
     """
     resumes = True
-    with suppress(OSError, ValueError, KeyError):  # unreadable, or just being thrown away: resuming finds out
+    with suppress(OSError):  # unreadable: resuming finds out
         resumes = bool(all_checkpoints(run_folder / "checkpoints"))
-        for newest in whole_checkpoints(run_folder / "checkpoints")[-1:]:
-            wanted = json.loads((newest / MANIFEST).read_text())["files"][RUN_STATE]
-            if damage(newest / RUN_STATE, wanted) is None:
-                check_same_run(config, tokenizer.fingerprint, [], newest)
+    check_newest(config, tokenizer.fingerprint, run_folder)
     try:
         with torch.device("meta"):
             model = parts.model(config, tokenizer.vocab_size)
