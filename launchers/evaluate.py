@@ -58,6 +58,7 @@ OF_GENERATION = ("judge", "count", "temperature", "nucleus")
 def main() -> None:
     args = parse_arguments()
     parse_step_list(args.steps, "--steps")
+    parse_counts(args.k, "--k")
     check_writable(args.json, "--json")
     sources = parse_sources(args.source) if args.protocol == "zero_shot" else {}
     if args.protocol == "generation":

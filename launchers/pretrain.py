@@ -18,7 +18,7 @@ from vmd_scale.commandline import HelpFormatter, check_at_least
 from vmd_scale.config import Config
 from vmd_scale.config_file import load_config
 from vmd_scale.errors import UserError, reports_user_errors
-from vmd_scale.tokenization import load_tokenizer
+from vmd_scale.tokenization import load_tokenizer, vocab_size_of
 from vmd_scale.training.launch import rank_from_environment, world_size_from_environment
 
 
@@ -67,7 +67,7 @@ def dry_run(config: Config, ranks: int | None) -> str:
     world_size = ranks or world_size_from_environment()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config, device)
-    architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
+    architecture = build_architecture(config, vocab_size_of(config.data.tokenizer))
     on_gpu = device.type == "cuda"
     return describe_run(config, architecture, world_size, precision, on_gpu, peak_flops(device))
 

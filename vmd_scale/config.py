@@ -13,16 +13,29 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from vmd_scale.config_rules import DEFAULT_STAGE, RULES
+
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".bpe")
 
 
 def _split_steps(value: object) -> object:
     """``--set diffusion.steps=1,4,inf`` is friendlier to a shell than a JSON list."""
     if isinstance(value, str):
-        return tuple(int(part) if part.isdigit() else part for part in value.split(","))
+        return tuple(int(part) if part.isdecimal() else part for part in value.split(","))
     return tuple(value) if isinstance(value, list) else (value,)
 
 
+def _split_names(value: object) -> object:
+    """The same for names: ``--set training.trainable=latent``."""
+    return tuple(value.split(",")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _as_text(value: object) -> object:
+    """``--set data.source=0.3`` is read as a number."""
+    return json.dumps(value) if type(value) in (int, float) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
 StepCount = Annotated[int, Field(ge=1)] | Literal["inf"]
 StepCounts = Annotated[tuple[StepCount, ...], BeforeValidator(_split_steps), Field(min_length=1)]
 
@@ -51,8 +64,11 @@ class Section(BaseModel):
 
 class CorpusConfig(Section):
     corpus: str = Field(description="a named corpus (vmd_scale/data/corpora): python_docs, text8, lm1b, ...")
-    source: str | dict[Literal["train", "validation", "test"], str] | None = Field(
-        default=None, description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split"
+    source: Annotated[str | dict[Literal["train", "validation", "test"], str] | None, BeforeValidator(_as_text)] = (
+        Field(
+            default=None,
+            description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split",
+        )
     )
     text_column: str | None = Field(
         default=None,
@@ -65,7 +81,11 @@ class CorpusConfig(Section):
         default=None, ge=1, description="the last N documents are validation; null: the corpus' own rule"
     )
     shards: str = Field(description="folder of the prepared shards, or a URL: s3://, gs://, hf://, ...")
-    weight: float = Field(default=1.0, gt=0, description="share of the training rows, in proportion to the others'")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="how much of the training rows comes from this corpus, relative to the other weights",
+    )
 
 
 class DataConfig(CorpusConfig):
@@ -82,15 +102,17 @@ class DataConfig(CorpusConfig):
         description="wrap: concatenate and cut every L; pad: one document a row; document: several whole documents a "
         "row, each attends to itself only and has a latent of its own",
     )
-    documents_per_row: int = Field(default=8, ge=1, description="at most, with packing document")
+    documents_per_row: int = Field(
+        default=8, ge=1, description="maximum number of documents in a row, with packing document"
+    )
     row_specials: bool = Field(
         default=False, description="put the tokenizer's begin and end tokens around every row (compat protocols)"
     )
-    shard_tokens: int = Field(default=2**27, ge=1, description="tokens in a shard file, at most")
+    shard_tokens: int = Field(default=2**27, ge=1, description="maximum number of tokens in a shard file")
     cache: str | None = Field(
         default=None, description="folder for local copies of remote shards; null: ~/.cache/vmd_scale/shards"
     )
-    cache_gib: float = Field(default=100.0, gt=0, description="GiB that these copies may take on a node")
+    cache_gib: float = Field(default=100.0, gt=0, description="maximum size of this cache per node, GiB")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
 
     @model_validator(mode="after")
@@ -110,16 +132,18 @@ class DataConfig(CorpusConfig):
 
 
 class ModelConfig(Section):
-    layers: int = Field(default=12, ge=1, description="of the denoiser")
-    width: int = Field(default=768, ge=1, description="of the residual stream, D")
-    heads: int = Field(default=12, ge=1, description="of attention; width / heads is even")
+    layers: int = Field(default=12, ge=1, description="number of transformer blocks of the denoiser")
+    width: int = Field(default=768, ge=1, description="width of the residual stream, D")
+    heads: int = Field(default=12, ge=1, description="number of attention heads; width / heads must be even")
     mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP / width")
     mlp: Literal["gelu", "swiglu"] = Field(default="gelu", description="swiglu has as many parameters as gelu")
     norm: Literal["layernorm", "rmsnorm"] = Field(default="layernorm", description="computed in fp32; no biases")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what a block adds, in training")
-    tie_embeddings: bool = Field(default=False, description="the head is the embedding of the tokens")
-    time_conditioning: bool = Field(default=False, description="tell the denoiser the mask ratio")
-    biases: bool = Field(default=False, description="of MLPs and head, which MDLM's weights have")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout of what attention and MLP add to the residual stream"
+    )
+    tie_embeddings: bool = Field(default=False, description="the output head shares the matrix of the token embeddings")
+    time_conditioning: bool = Field(default=False, description="the denoiser is told the mask ratio")
+    biases: bool = Field(default=False, description="biases in MLPs and head, as MDLM's published weights have them")
     attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = Field(
         default="auto",
         description="kernel; auto: on a GPU flash-attn where it is installed, flex for blocks, else sdpa",
@@ -127,22 +151,30 @@ class ModelConfig(Section):
 
 
 class LatentConfig(Section):
-    width: int = Field(default=0, ge=0, description="d_z; 0 is the plain masked diffusion model (MDM)")
+    width: int = Field(
+        default=0, ge=0, description="dimension of z, d_z; 0: no latent, the plain masked diffusion model (MDM)"
+    )
     scope: Literal["row", "block"] = Field(default="row", description="one z per row, or one z per block of the row")
     injection: Literal["adaln", "add"] = Field(
         default="adaln", description="how z enters the denoiser: modulation of every block, or added to the embeddings"
     )
-    encoder_layers: int | None = Field(default=None, ge=1, description="null: a quarter of model.layers, at least 1")
-    encoder_width: int | None = Field(default=None, ge=1, description="null: half of model.width, in whole heads")
+    encoder_layers: int | None = Field(
+        default=None, ge=1, description="transformer blocks of the encoder; null: a quarter of model.layers, at least 1"
+    )
+    encoder_width: int | None = Field(
+        default=None, ge=1, description="width of the encoder; null: half of model.width, in whole heads"
+    )
     prior: Literal["standard", "conditional"] = Field(
         default="standard", description="standard: N(0, I); conditional: a network that reads the visible tokens"
     )
 
 
 class KLWeight(Section):
-    start: float = Field(default=1.0, ge=0, description="factor of the KL at the first step")
-    end: float = Field(default=1.0, ge=0, description="factor of the KL after warmup_steps; below 1 it is no bound")
-    warmup_steps: int = Field(default=0, ge=0, description="from start to end, linearly")
+    start: float = Field(default=1.0, ge=0, description="weight of the KL at the first step")
+    end: float = Field(
+        default=1.0, ge=0, description="weight of the KL after warmup_steps; below 1 the loss is no bound"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of the linear way from start to end")
 
     def at(self, step: int) -> float:
         """Weight of the KL at a training step: linear from start to end."""
@@ -154,28 +186,33 @@ class DiffusionConfig(Section):
     schedule: Literal["linear"] = Field(default="linear", description="alpha(t) = 1 - t: the mask ratio is t")
     objective: Literal["vmd", "nelbo", "iw"] = Field(
         default="nelbo",
-        description="vmd: the published surrogate; nelbo: the valid bound, T drawn from steps; iw: the same by "
-        "importance_samples latents along whole paths, tighter and dearer",
+        description="vmd: the papers' surrogate, no bound; nelbo: the bound of the T-step sampler, T drawn from steps; "
+        "iw: its importance-weighted bound over importance_samples latents along whole paths, tighter and more "
+        "expensive",
     )
     steps: StepCounts = Field(
-        default=(1, 2, 4, "inf"), description="the T of nelbo and iw; one that is listed twice is drawn twice as often"
+        default=(1, 2, 4, "inf"),
+        description="values of T to train for with nelbo and iw, drawn uniformly: one listed twice, twice as often",
     )
-    importance_samples: int = Field(default=8, ge=1, description="K of objective iw")
-    paths: Literal["bernoulli", "balanced"] = Field(default="balanced", description="law of the revealing order")
+    importance_samples: int = Field(default=8, ge=1, description="latents per row with objective iw, K")
+    paths: Literal["bernoulli", "balanced"] = Field(
+        default="balanced",
+        description="how many positions a step reveals: each by a coin of its own, or as many in every step",
+    )
     block_size: int | None = Field(default=None, ge=1, description="block diffusion; null: the row is one block")
     kl_weight: KLWeight = KLWeight()
-    free_bits: float = Field(default=0.0, ge=0, description="nats of KL a latent group has for free")
+    free_bits: float = Field(default=0.0, ge=0, description="KL per latent that costs nothing, nats")
 
 
 class LoRAConfig(Section):
-    rank: int = Field(ge=1, description="of the two factors; required where lora is given at all")
+    rank: int = Field(ge=1, description="rank of the adapters; required where lora is given")
     alpha: float | None = Field(
         default=None, gt=0, description="the low-rank product is multiplied by alpha / rank; null: 2 x rank"
     )
-    layers: tuple[str, ...] = Field(
+    layers: Names = Field(
         default=("*.attention.qkv", "*.attention.out", "*.mlp.up", "*.mlp.down"),
         min_length=1,
-        description="patterns of names of linear layers",
+        description="patterns of the names of the linear layers that get adapters",
     )
 
     @property
@@ -193,65 +230,84 @@ class TrainingConfig(Section):
         description="muon: DeepSpeed's, for the matrices of attention and MLPs; AdamW for all else. With bf16 it needs "
         "ZeRO stage 1, with fp32 stage 0",
     )
-    learning_rate: float = Field(default=3e-4, gt=0, description="of AdamW, after warmup_steps")
+    learning_rate: float = Field(default=3e-4, gt=0, description="peak learning rate of AdamW")
     muon_learning_rate: float = Field(
-        default=0.02, gt=0, description="of Muon's matrices; the size of an update does not depend on the gradient's"
+        default=0.02,
+        gt=0,
+        description="peak learning rate of Muon's matrices; the size of its updates does not depend on the gradient's",
     )
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon's matrices")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon's matrices")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="after warmup_steps; a pure function of the step"
+        default="constant", description="learning rate after warmup_steps; a pure function of the step"
     )
-    warmup_steps: int = Field(default=2500, ge=0, description="the learning rate rises linearly")
-    final_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where cosine and linear end")
+    warmup_steps: int = Field(
+        default=2500, ge=0, description="steps in which the learning rate rises linearly to its peak"
+    )
+    final_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="last learning rate / peak, with cosine and linear"
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="of AdamW"
+        default=(0.9, 0.999), description="betas of AdamW"
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="of matrices, not of vectors")
-    gradient_clip: float = Field(default=1.0, ge=0, description="global norm; 0 is off")
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="0 is off")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="weight decay of matrices; vectors (norms, biases) have none"
+    )
+    gradient_clip: float = Field(default=1.0, ge=0, description="maximum global norm of the gradient; 0: no clipping")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="decay of the weights' moving average; 0: none")
     precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto: bf16 on GPU, fp32 on CPU")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of weights, order of rows and all noise")
-    checkpoint_every: int = Field(default=1000, ge=1, description="steps")
-    keep_checkpoints: int = Field(default=3, ge=1, description="the newest; the best on validation is kept beside them")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="seed of the first weights, of the order of rows and of all noise"
+    )
+    checkpoint_every: int = Field(default=1000, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="number of newest checkpoints to keep; the best on validation is kept as well"
+    )
     max_skipped_steps: int = Field(
         default=10, ge=1, description="the run ends after so many consecutive steps with a non-finite loss or gradient"
     )
     loss_spike: Literal["ignore", "warn", "rollback"] = Field(
-        default="warn", description="rollback: to the checkpoint before it, and on with the batches that come after"
+        default="warn",
+        description="what a spike of the loss causes; rollback: return to a checkpoint before it, skip batches since",
     )
     hang_timeout: float | None = Field(
         default=3600,
         gt=0,
-        description="seconds without a finished step, batch of an evaluation, or save until a rank ends itself",
+        description="a rank ends itself after so many seconds without a finished step, evaluation batch or save; null: "
+        "never",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        default="none", description="selective: keep matrix products and attention; full: keep inputs of blocks only"
+        default="none",
+        description="what is kept for the backward pass. none: all; selective: results of matrix products and "
+        "attention; full: only the inputs of blocks",
     )
     init_from: str | None = Field(
         default=None, description="weights to start from: an exported folder, a run or checkpoint, MDLM's state dict"
     )
-    trainable: tuple[str, ...] = Field(
+    trainable: Names = Field(
         default=(),
         description="patterns of parameter names; 'latent' stands for all parts that z needs. Empty: all, or with lora "
         "only its own",
     )
     lora: LoRAConfig | None = Field(default=None, description="low-rank adapters instead of full weights")
-    fp8: bool = Field(default=False, description="linear layers of the blocks in fp8, by torchao, on Hopper and newer")
+    fp8: bool = Field(
+        default=False,
+        description="linear layers of the blocks in fp8, by torchao, on GPUs of compute capability 8.9 and newer",
+    )
     compile: bool = Field(
         default=True,
         description="torch.compile of the blocks; on GPU only, and at ZeRO stage 3 only where all weights are trained",
     )
     deterministic: bool = Field(
-        default=False, description="on GPU, slower kernels that give the same result each time: resumed bit for bit"
+        default=False, description="on GPU, slower kernels that make a resumed run the same bit for bit"
     )
 
 
 class EvaluationConfig(Section):
     every: int | None = Field(default=None, ge=1, description="evaluate on validation every N steps; null: never")
-    protocols: tuple[str, ...] = Field(default=(), description="names (evaluation/protocols.py); empty: rows")
-    steps: StepCounts = Field(default=(8, 32, "inf"), description="the T of the bounds")
-    rows: int = Field(default=2048, ge=2, description="validation rows at most")
-    samples: int = Field(default=0, ge=0, description="rows to draw and write down at every evaluation")
+    protocols: Names = Field(default=(), description="names (evaluation/protocols.py); empty: rows")
+    steps: StepCounts = Field(default=(8, 32, "inf"), description="values of T to compute bounds for")
+    rows: int = Field(default=2048, ge=2, description="maximum number of validation rows")
+    samples: int = Field(default=0, ge=0, description="rows to draw and log at every evaluation")
 
 
 class TelemetryConfig(Section):
@@ -262,9 +318,9 @@ class TelemetryConfig(Section):
         "or twice per step (overflow and clipping checks)",
     )
     wandb: Literal["disabled", "offline", "online"] = Field(
-        default="disabled", description="never needed: without it, or without a network, the run goes on"
+        default="disabled", description="Weights and Biases; a run never depends on it"
     )
-    wandb_project: str = Field(default="vmd_scale", description="name of the project there")
+    wandb_project: str = Field(default="vmd_scale", description="project of Weights and Biases")
 
 
 class Config(Section):
@@ -275,103 +331,12 @@ class Config(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": DEFAULT_STAGE}})
 
     @model_validator(mode="after")
-    def _widths_fit(self) -> Self:
-        model = self.model
-        if model.width % model.heads or (model.width // model.heads) % 2:
-            raise ValueError(
-                f"model.heads ({model.heads}) must divide model.width ({model.width}) into an even head width"
-            )
-        if self.encoder_width % self.head_width:
-            raise ValueError(
-                f"latent.encoder_width ({self.encoder_width}) must be a multiple of the head width "
-                f"model.width / model.heads ({self.head_width})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _objective_fits(self) -> Self:
-        latent, diffusion = self.latent, self.diffusion
-        if diffusion.objective != "nelbo" and latent.width == 0:
-            raise ValueError(
-                f"diffusion.objective {diffusion.objective!r} needs a latent, but latent.width is 0; "
-                "the MDM baseline is latent.width=0 with diffusion.objective='nelbo' and diffusion.steps=['inf']"
-            )
-        if diffusion.objective == "iw":
-            if diffusion.free_bits:
-                raise ValueError(
-                    f"diffusion.free_bits ({diffusion.free_bits}) has no meaning with diffusion.objective 'iw'; "
-                    "set it to 0"
-                )
-            if "inf" in diffusion.steps:
-                raise ValueError(
-                    "diffusion.steps holds 'inf', but diffusion.objective 'iw' runs importance_samples x T forwards a "
-                    "row; name small numbers of steps, such as [1, 2, 4]"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _rows_fit(self) -> Self:
-        latent, diffusion, block = self.latent, self.diffusion, self.diffusion.block_size
-        if block is not None and self.data.row_length % block:
-            raise ValueError(f"diffusion.block_size ({block}) must divide data.row_length ({self.data.row_length})")
-        if latent.width and (latent.scope == "block") != (block is not None):
-            raise ValueError(
-                f"latent.scope {latent.scope!r} contradicts diffusion.block_size {block}: "
-                "scope 'block' needs a block size, scope 'row' none"
-            )
-        if self.data.packing == "document":
-            if block is not None:
-                raise ValueError(
-                    f"diffusion.block_size ({block}) would cut through the documents of data.packing 'document'; "
-                    "use packing 'pad' or 'wrap'"
-                )
-            if diffusion.objective == "iw":
-                raise ValueError(
-                    "diffusion.objective 'iw' weighs whole rows: data.packing 'document' has several documents in one; "
-                    "use packing 'pad'"
-                )
-        if latent.prior == "conditional" and (latent.width == 0 or block is not None):
-            raise ValueError(
-                f"latent.prior 'conditional' needs a latent of scope 'row': found latent.width {latent.width}, "
-                f"diffusion.block_size {block}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _training_fits(self) -> Self:
-        training = self.training
-        if training.global_batch % training.micro_batch:
-            raise ValueError(
-                f"training.global_batch ({training.global_batch}) must be a multiple of "
-                f"training.micro_batch ({training.micro_batch})"
-            )
-        if training.init_from is None and (training.trainable or training.lora):
-            key = "trainable" if training.trainable else "lora"
-            raise ValueError(f"training.{key} freezes weights, but training.init_from names none to start from")
-        if training.optimizer == "muon" and training.lora is not None:
-            raise ValueError("training.optimizer 'muon' is for whole matrices: with training.lora leave it at 'adamw'")
-        if training.fp8 and training.lora is not None:
-            raise ValueError("training.fp8 replaces the linear layers that training.lora adapts: leave one of them out")
-        if training.fp8 and training.micro_batch * self.data.row_length % 16:  # what fp8 matrix products are made of
-            raise ValueError(
-                f"training.fp8 needs training.micro_batch ({training.micro_batch}) x data.row_length "
-                f"({self.data.row_length}) to be a multiple of 16"
-            )
-        if training.loss_spike == "rollback" and training.keep_checkpoints < 2:
-            raise ValueError("training.loss_spike 'rollback' needs training.keep_checkpoints of at least 2, found 1")
-        return self
-
-    @model_validator(mode="after")
-    def _sections_of_deepspeed_fit(self) -> Self:
-        for key in ("zero_optimization", "bf16", "fp16"):
-            if not isinstance(self.deepspeed.get(key, {}), dict):
-                raise ValueError(f"deepspeed.{key} must be an object, found {self.deepspeed[key]!r}")
-        stage = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        if type(stage) is not int or stage not in (0, 1, 2, 3):
-            raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
+    def _no_contradiction(self) -> Self:
+        for rule in RULES:
+            rule(self)
         return self
 
     @property
@@ -398,7 +363,7 @@ class Config(Section):
 
     @property
     def zero_stage(self) -> int:
-        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", DEFAULT_STAGE))
 
     def resolved(self) -> Self:
         """With the encoder's size and LoRA's alpha in numbers: what a run writes down must not depend on a later

@@ -15,6 +15,16 @@ from pydantic import BaseModel, ValidationError
 from vmd_scale.config import Config, step_values
 from vmd_scale.errors import UserError
 
+WORDS = {  # of pydantic, and of docs/configuration.md
+    "array": "a list",
+    "boolean": "true or false",
+    "dictionary": "an object",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "tuple": "a list",
+}
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a JSON file, follow its ``base``, apply ``a.b=value`` overrides and validate the result.
@@ -42,7 +52,7 @@ def parse_step_list(text: str, option: str) -> tuple[float, ...]:
         UserError: names the option.
     """
     parts = text.split(",")
-    if not all(part == "inf" or (part.isdigit() and int(part) > 0) for part in parts):
+    if not all(part == "inf" or (part.isdecimal() and int(part) > 0) for part in parts):
         raise UserError(f"{option} {text!r}: expected positive whole numbers or 'inf', such as 1,4,inf")
     return step_values([part if part == "inf" else int(part) for part in parts])
 
@@ -53,7 +63,7 @@ def parse_counts(text: str, option: str) -> tuple[int, ...]:
     Raises:
         UserError: names the option.
     """
-    if not all(part.isdigit() and int(part) > 0 for part in text.split(",")):
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
         raise UserError(f"{option} {text!r}: expected positive whole numbers, such as 1,4,16")
     return tuple(int(part) for part in text.split(","))
 
@@ -118,9 +128,16 @@ def _explain(errors: Sequence[Any]) -> str:
             messages[str(error["ctx"]["error"])] = []
         else:  # a key of several allowed types gives one error for each of them
             key = ".".join(part for part in location if part in _all_keys() or part.isdigit())
-            messages.setdefault(key, []).append(error["msg"][0].lower() + error["msg"][1:])
+            messages.setdefault(key, []).append(_in_our_words(error["msg"]))
             found[key] = f", found {error['input']!r}"
     return "; ".join(f"{key}: {' or '.join(m)}{found[key]}" if m else key for key, m in messages.items())
+
+
+def _in_our_words(message: str) -> str:
+    """Kinds of values are called as in docs/configuration.md."""
+    for theirs, ours in WORDS.items():
+        message = message.replace(f"a valid {theirs}", ours)
+    return message[0].lower() + message[1:]
 
 
 def _unknown_key(location: Sequence[str]) -> str:

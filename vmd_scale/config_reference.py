@@ -12,10 +12,12 @@ from vmd_scale.config import Config
 
 HEAD = """# Configuration
 
-A run is one JSON file. `"base": "other.json"` inherits from a file beside it, `--set section.key=VALUE` overrides
-(VALUE is JSON where it can be, else text), and what follows from something else is computed, never asked. Unknown keys,
-wrong types and contradictions are errors, before anything starts. The values that may be changed in the middle of a run
-are listed in [operations.md](operations.md#resume-on-other-hardware-too).
+A run is one JSON file. `"base": "other.json"` inherits from another file, whose path is relative to this one: sections
+are merged key by key, lists and values replaced. `--set section.key=VALUE` overrides one key (VALUE is JSON where it can
+be, else text; lists of names or numbers may be written `a,b`; `data.mixture` is set only as a whole). What follows from
+something else is computed, never asked. Unknown keys, wrong types and contradictions are errors, before anything starts.
+The values that may be changed in the middle of a run are listed in
+[operations.md](operations.md#resume-on-other-hardware-too).
 
 This page is made from the code: `python -m vmd_scale.config_reference > docs/configuration.md`.
 """

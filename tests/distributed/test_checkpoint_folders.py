@@ -83,7 +83,7 @@ FAULTS = {
 
 
 def ask(questions: list[tuple[Path, str, str]]) -> list[str]:
-    """On each rank: of each folder, find_latest or "go_back 8", with a fault or without; a name or an error each."""
+    """On each rank: of each folder, a question such as "go_back 8", with a fault or without; an answer or an error."""
     from vmd_scale.training import checkpoint
     from vmd_scale.training.launch import join_world, leave_world
 
@@ -98,7 +98,10 @@ def ask(questions: list[tuple[Path, str, str]]) -> list[str]:
                 patch.setattr(checkpoint, function, failing)
             try:
                 found = getattr(checkpoints, method)(*map(int, arguments))
-                answers.append("nothing" if found is None else found.name)
+                if method == "resume_best":
+                    answers.append(f"{checkpoints.best_bound} {checkpoints._best_name() or 'none'}")
+                else:
+                    answers.append("nothing" if found is None else found.name)
             except (UserError, RunFailed) as error:
                 answers.append(f"{type(error).__name__}: {error}")
     leave_world()
@@ -174,3 +177,19 @@ def test_going_back_throws_away_what_came_after_and_sets_aside_what_is_damaged(t
     assert answers_to((tmp_path, "go_back 11", ""), (tmp_path, "go_back 3", "")) == ["step-00000004", "nothing"]
     assert names_in(tmp_path) == ["damaged-step-00000008", "latest", "step-00000004"]
     assert (tmp_path / "latest").read_text() == "step-00000004\n"
+
+
+def test_a_bound_is_the_best_as_long_as_its_checkpoint_is_there(tmp_path):
+    """Damaged and set aside, or thrown away by going back, it must not keep the next good one from being named best."""
+    kept, damaged, went_back = folders = [tmp_path / name for name in ("kept", "damaged", "went back")]
+    for folder in folders:
+        for step in (4, 8):
+            write_checkpoint(folder, step)
+        (folder / "best").write_text("step-00000008\n")
+    lose_a_file(damaged / "step-00000008")
+    never = tmp_path / "never"
+    write_checkpoint(never, 4)
+    questions = [(damaged, "find_latest", ""), (went_back, "go_back 5", "")]
+    questions += [(folder, "resume_best 3", "") for folder in (kept, damaged, went_back, never)]
+    assert answers_to(*questions)[2:] == ["3 step-00000008", "inf none", "inf none", "inf none"]
+    assert [folder.name for folder in folders if (folder / "best").exists()] == ["kept"]

@@ -88,7 +88,13 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch, 
     preflight.check_disk(tmp_path, each=320, keep=3)
     assert not caplog.records
     preflight.check_disk(tmp_path, each=1600, keep=3)
-    assert "3 checkpoints and one being written take" in caplog.text
+    assert "4 checkpoints to come, one being written among them, take" in caplog.text
+    caplog.clear()
+    preflight.check_disk(tmp_path, each=800, keep=3, there=2)  # resumed: two of the three are there
+    preflight.check_disk(tmp_path, each=1600, keep=3, there=5)  # fewer are kept than before
+    assert not caplog.records
+    preflight.check_disk(tmp_path, each=801, keep=3, there=2)
+    assert "2 checkpoints to come" in caplog.text
     with pytest.raises(UserError, match=r"GB are free, and one checkpoint takes"):
         preflight.check_disk(tmp_path, each=1601, keep=3)
 

@@ -351,17 +351,19 @@ def test_push_uploads_the_folder_privately_and_a_failure_is_one_sentence(tmp_pat
             calls.append((name, private))
             return f"https://hub/{name}"
 
-        def upload_folder(self, repo_id, folder_path, commit_message, ignore_patterns, delete_patterns):
+        def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
             calls.append((repo_id, folder_path))
             there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "spiece.model"]
             there += ["NOTES.md", "adapter_model.safetensors", "onnx/model.safetensors", ".gitattributes"]
             deleted.extend(filter_repo_objects(there, allow_patterns=delete_patterns))
-            assert not list(filter_repo_objects([".export/new/config.json"], ignore_patterns=ignore_patterns))
+            mine = ["config.json", "model.safetensors", "notes.txt", "results/text8.json", ".git/config"]
+            uploaded.extend(filter_repo_objects(mine, allow_patterns=allow_patterns))
 
-    deleted = []
+    deleted, uploaded = [], []
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     assert push(tmp_path, "me/model") == "https://hub/me/model"
     assert calls == [("me/model", True), ("me/model", tmp_path)]
+    assert uploaded == ["config.json", "model.safetensors"]
     assert deleted == [
         "config.json",
         "model-00001-of-00002.safetensors",

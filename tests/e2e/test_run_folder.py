@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from vmd_scale.build import build_model
 from vmd_scale.checkpoints import load_trained
 from vmd_scale.config_file import parse_config
 from vmd_scale.data.manifest import read_manifest
+from vmd_scale.data.shards import ShardReader
 from vmd_scale.errors import UserError
 from vmd_scale.finetuning import finetuning_config
 from vmd_scale.initial_weights import fit
 from vmd_scale.tokenization import KEPT, keep_tokenizer, load_tokenizer
+from vmd_scale.training.validation import draw_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
@@ -67,6 +70,42 @@ def test_a_run_needs_nothing_of_where_its_tokenizer_was(lab, run, moved, tmp_pat
     tuned = finetuning_config(str(run), "text", "new.txt", tmp_path / "tuned")
     assert load_tokenizer(tuned.data.tokenizer).fingerprint == load_tokenizer("text8").fingerprint
     assert tuned.evaluation.samples == 2  # else a run on prompts would show none
+
+
+def test_a_run_resumes_with_a_tokenizer_that_was_moved(lab, run, moved, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    lab.pretrain(folder, "training.steps=5", f"data.tokenizer={folder / KEPT}", ranks=1)
+    assert [record["step"] for record in lab.metrics(folder)] == [1, 2, 3, 4, 5]
+
+
+def test_samples_do_not_depend_on_the_micro_batch_and_are_drawn_in_it(run, monkeypatch):
+    trained, forwards = load_trained(run), []
+    reader = ShardReader(trained.config.data.shards, "validation")
+    forward = trained.model.denoiser.forward
+    monkeypatch.setattr(
+        trained.model.denoiser, "forward", lambda x, *a, **k: forwards.append(len(x)) or forward(x, *a, **k)
+    )
+
+    def drawn(micro_batch):
+        training = trained.config.training.model_copy(update={"micro_batch": micro_batch})
+        config = trained.config.model_copy(update={"training": training})
+        found = draw_samples(trained.model, config, trained.tokenizer, reader, 4)["texts"]
+        sizes = set(forwards)
+        forwards.clear()
+        return found, sizes
+
+    (alone, of_one), (together, of_two) = drawn(1), drawn(8)
+    assert alone == together
+    assert (of_one, of_two) == ({1}, {2})
+
+
+def test_a_dry_run_needs_no_files_of_a_known_tokenizer(lab, tmp_path):
+    command = [sys.executable, str(ROOT / "launchers/pretrain.py"), "--dry-run"]
+    command += ["--config", str(ROOT / "configs/lm1b.json"), "--set", "deepspeed.zero_optimization.stage=0"]
+    done = lab.command(command, cwd=tmp_path, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
+    assert done.code == 0, done.text
+    assert "memory per rank" in done.text
 
 
 def test_a_run_of_before_keeps_no_tokenizer(run, tokenizer, tmp_path):

@@ -64,12 +64,22 @@ def test_a_config_inherits_key_by_key(tmp_path):
         ("training.learning_rate=1e-3", "training", "learning_rate", 1e-3),
         ("data.source=data/x.txt", "data", "source", "data/x.txt"),
         ('data.source={"train": "a", "test": "b"}', "data", "source", {"train": "a", "test": "b"}),
+        ("data.source=0.3", "data", "source", "0.3"),
+        ("evaluation.protocols=rows,text8", "evaluation", "protocols", ("rows", "text8")),
         ("deepspeed.zero_optimization.stage=3", "deepspeed", "zero_optimization", {"stage": 3}),
     ],
 )
 def test_overrides(tmp_path, override, section, key, value):
     found = getattr(load_config(write(tmp_path, "c.json", MINIMAL), [override]), section)
     assert (found[key] if isinstance(found, dict) else getattr(found, key)) == value
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["deepspeed.steps_per_print=10"], ["deepspeed.zero_optimization.reduce_bucket_size=1000"]]
+)
+def test_zero_has_stage_1_where_nothing_else_is_said(tmp_path, overrides):
+    assert load_config(write(tmp_path, "c.json", MINIMAL), overrides).zero_stage == 1
+    assert load_config(write(tmp_path, "d.json", MINIMAL | {"deepspeed": {}}), overrides).zero_stage == 1
 
 
 @pytest.mark.parametrize(
@@ -93,11 +103,14 @@ def test_fp8_contradicts_adapters_and_numbers_of_positions_that_it_cannot_multip
         ("training.micro_batsh=4", ["training.micro_batsh", "training.micro_batch"]),
         ("training.layers=4", ["training.layers", "model.layers"]),
         ("latnet.width=4", ["latnet", "latent"]),
-        ("model.layers=two", ["model.layers", "integer", "'two'"]),
+        ("model.layers=two", ["model.layers", "a whole number", "'two'"]),
         ("model.layers=2.5", ["model.layers", "2.5"]),
         ("model.layers=true", ["model.layers", "True"]),
         ("model.mlp=relu", ["model.mlp", "gelu", "swiglu", "relu"]),
+        ("model.norm=7", ["model.norm", "layernorm", "rmsnorm", "found 7"]),
+        ("training.trainable=7", ["training.trainable: input should be a list, found 7"]),
         ("diffusion.steps=0", ["diffusion.steps", "1", "0"]),
+        ("diffusion.steps=²", ["diffusion.steps", "inf", "²"]),
         ("diffusion.steps=1,often", ["diffusion.steps", "inf", "often"]),
         ("training.global_batch=6", ["training.global_batch (6)", "training.micro_batch (4)"]),
         ("model.heads=5", ["model.heads (5)", "model.width (768)"]),
@@ -124,7 +137,7 @@ def test_the_kl_weight_rises_linearly_and_stays():
     assert KLWeight().at(0) == 1.0
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1,,4", "4.5", "infinity"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1,,4", "4.5", "infinity", "²"])
 def test_step_lists_of_the_command_line(text):
     with pytest.raises(UserError, match="--steps"):
         parse_step_list(text, "--steps")

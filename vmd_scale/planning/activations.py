@@ -29,7 +29,7 @@ def count_parameters(module: nn.Module | None) -> int:
 def without_memory(a: Architecture) -> VMD:
     """The network, to be counted."""
     with torch.device("meta"):
-        return VMD(a)
+        return VMD(replace(a, attention="auto"))  # of whatever this machine has: a plan is made elsewhere
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _per_row(a: Architecture, dtype: torch.dtype, count: Callable[[VMD, Callable
     found = []
     for rows in ROWS:
         with FakeTensorMode():
-            model = _in(dtype, a)
+            model = _built_in(dtype, a)
             clean = torch.zeros(rows, a.row_length, dtype=torch.int64)
             ratio = torch.zeros(rows, a.groups)
             masked = torch.ones(rows, a.row_length, dtype=torch.bool)
@@ -129,11 +129,11 @@ def _per_row(a: Architecture, dtype: torch.dtype, count: Callable[[VMD, Callable
     return tuple((m - n) / (ROWS[1] - ROWS[0]) for n, m in zip(less, more, strict=True))
 
 
-def _in(dtype: torch.dtype, a: Architecture) -> VMD:
+def _built_in(dtype: torch.dtype, a: Architecture) -> VMD:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return VMD(a)
+        return VMD(replace(a, attention="auto"))
     finally:
         torch.set_default_dtype(before)
 

@@ -176,6 +176,21 @@ class Checkpointer:
             self.world.on_main(lambda: self._forget(newer, found))
         return found
 
+    def resume_best(self, bound: float) -> None:
+        """Go on from the lowest bound of a checkpoint's run state, unless what had it is gone: then the next is best.
+
+        It may be damaged, or of a time before which the run went back.
+        """
+
+        def is_there() -> bool:
+            name = self._best_name()
+            if name and not (self.folder / name).is_dir():
+                (self.folder / BEST).unlink()
+                return False
+            return bool(name)
+
+        self.best_bound = bound if self.world.from_main(is_there) else math.inf
+
     def _candidates(self) -> list[Path]:
         """Newest first, as rank 0 sees them: on a shared file system the others may not see the same yet."""
         names = self.world.from_main(lambda: [path.name for path in reversed(all_checkpoints(self.folder))])

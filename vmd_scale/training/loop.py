@@ -132,7 +132,7 @@ class Trainer:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], 0
         self.skipped_batches = state["skipped_batches"]
         self.rollbacks = state.get("rollbacks", 0)  # checkpoints of older versions do not know
-        self.checkpoints.best_bound = state["best_bound"]
+        self.checkpoints.resume_best(state["best_bound"])
         self.spikes = SpikeDetector(state["losses"])
         self.owes_evaluation = state.get("owes_evaluation", False) and self.config.evaluation.every is not None
         how = f" ({', '.join(changed)})" if changed else ""
@@ -169,6 +169,7 @@ class Trainer:
             telemetry.close()
         if not self.stopped:
             self.record("finished", done)
+            self.stop.obeyed()  # a request that came with the last step
             return 0
         self.record("stopped", done, self.stop.reason())
         self.stop.obeyed()

@@ -91,10 +91,11 @@ def bytes_of_checkpoint(model: nn.Module, with_ema: bool) -> int:
     return 4 * (4 if with_ema else 3) * trained + 4 * frozen
 
 
-def check_disk(folder: Path, each: int, keep: int) -> None:
+def check_disk(folder: Path, each: int, keep: int, there: int = 0) -> None:
     """
     Args:
         each: bytes of a checkpoint.
+        keep: checkpoints that are kept, of which so many are `there`.
 
     Raises:
         UserError: not even one checkpoint fits. (A warning, if it is fewer than will be kept.)
@@ -102,13 +103,14 @@ def check_disk(folder: Path, each: int, keep: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < each:
         raise UserError(f"{folder}: {free / 1e9:.2f} GB are free, and one checkpoint takes {each / 1e9:.2f} GB")
-    if free < each * (keep + 1):  # one is written before the oldest is thrown away
+    missing = max(0, keep - there) + 1  # one is written before the oldest is thrown away
+    if free < each * missing:
         log.warning(
-            "%s: %.1f GB are free; %d checkpoints and one being written take %.1f GB",
+            "%s: %.1f GB are free; %d checkpoints to come, one being written among them, take %.1f GB",
             folder,
             free / 1e9,
-            keep,
-            each * (keep + 1) / 1e9,
+            missing,
+            each * missing / 1e9,
         )
 
 

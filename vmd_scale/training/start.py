@@ -24,7 +24,7 @@ from vmd_scale.model.attention import flash_available
 from vmd_scale.tokenization import Tokenizer, keep_tokenizer, load_tokenizer
 from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config, resolve_precision
 from vmd_scale.training.fp8 import check_fp8
-from vmd_scale.training.launch import COLLECTIVE_TIMEOUT, World, joined_world, world_size_from_environment
+from vmd_scale.training.launch import World, joined_world, world_size_from_environment
 from vmd_scale.training.lock import RunLock
 from vmd_scale.training.loop import Trainer
 from vmd_scale.training.preflight import check_disk, check_ranks, check_shared
@@ -175,7 +175,7 @@ def start(config: Config, run_folder: Path, parts: Parts | None = None) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_before_start(config)
     hang = config.training.hang_timeout
-    with joined_world(COLLECTIVE_TIMEOUT if hang is None else timedelta(seconds=hang + 60)) as world:
+    with joined_world(PREPARATION_TIMEOUT if hang is None else timedelta(seconds=hang + 60)) as world:
         world.on_all(lambda: check_attention(config))
         # On one rank: a checkpoint that it looks into has a file of each of the ranks that wrote it.
         world.on_main(lambda: check_beginning(config, run_folder, tokenizer, parts or Parts()))
@@ -198,7 +198,8 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         world.on_main(lock.acquire)
         check_shared(run_folder, world)
         trainer = Trainer(config, run_folder, world, tokenizer, parts)
-        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints))
+        there = len(all_checkpoints(run_folder / "checkpoints"))
+        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints, there))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())

@@ -67,11 +67,11 @@ def validate(
         objective = config.diffusion.objective
         usage = latent_usage(model, reader, step, objective, micro_batch=micro_batch, after_batch=after_batch)
     if evaluation.samples:
-        samples = _draw_samples(model, config, tokenizer, reader, step)
+        samples = draw_samples(model, config, tokenizer, reader, step)
     return Validation(results, usage, samples)
 
 
-def _draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: ShardReader, step: int) -> dict[str, Any]:
+def draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: ShardReader, step: int) -> dict[str, Any]:
     """The same rows at every evaluation, drawn with the largest finite T of evaluation.steps (else one a token).
 
     Where rows are given in part (prompts, clues), that part is of rows of the split.
@@ -79,15 +79,15 @@ def _draw_samples(model: VMD, config: Config, tokenizer: Tokenizer, reader: Shar
     steps = max((T for T in step_values(config.evaluation.steps) if math.inf > T), default=math.inf)
     sampler = Sampler(steps, law=config.diffusion.paths)
     numbers = chosen_rows(reader.rows, config.evaluation.samples)
-    (batch,) = evaluation_batches(reader, numbers, len(numbers))
-    maskable, attend = masks_of(batch, reader.manifest)
-    given = batch.roles is not None and bool((batch.roles == Role.GIVEN).any())
+    batches = list(evaluation_batches(reader, numbers, config.training.micro_batch))
+    inputs: list[tuple[Any, ...]]
+    if any(batch.roles is not None and bool((batch.roles == Role.GIVEN).any()) for batch in batches):
+        inputs = [(batch.positions, batch.tokens, *masks_of(batch, reader.manifest)) for batch in batches]
+    else:
+        inputs = [(some,) for some in torch.arange(config.evaluation.samples).split(config.training.micro_batch)]
     # Rows that are finished leave the batch: compiled for each size, the blocks would use up their recompilations.
     with torch.compiler.set_stance("eager_on_recompile"), any_order():
-        if given:
-            rows = sample(model, sampler, Noise(0), batch.positions, batch.tokens, maskable, attend)
-        else:
-            rows = sample(model, sampler, Noise(0), torch.arange(config.evaluation.samples))
-    texts = [tokenizer.decode(row) for row in rows.tolist()]
+        drawn = torch.cat([sample(model, sampler, Noise(0), *some) for some in inputs])
+    texts = [tokenizer.decode(row) for row in drawn.tolist()]
     shown = "inf" if math.isinf(steps) else int(steps)
     return {"step": step, "steps": shown, "latent": "fixed", "law": sampler.law, "seed": 0, "texts": texts}
