@@ -22,35 +22,41 @@ from vmd_scale.model.attention import (
     attention,
     block_diffusion_mask,
     document_boundaries,
-    flash_available,
     flash_kernels,
     kernel_name,
 )
 
 
 def measure(length: int, rows: int, heads: int, width: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of every kernel with every mask that it has; the others are measured where one fails."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    qkv = [torch.randn(rows, length, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # As in a block: views of one product, and a gradient that lies in memory as a product made it.
+    qkv = torch.randn(rows, length, 3, heads, width, device=device, dtype=dtype, requires_grad=True)
+    direction = torch.randn(rows, length, heads, width, device=device, dtype=dtype)
     segments = (torch.arange(length) // (length // 4)).expand(rows, length)  # four documents a row
     documents = Documents(segments.to(device), document_boundaries(segments, 4).to(device))
     masks: dict[tuple[str, str], Mask] = {("none", "reference"): None, ("none", "sdpa"): None}
     masks |= {("documents", "sdpa"): documents}
-    if flash_available(width):
-        masks["none", "flash"] = None
-    if flash_kernels(width) is not None:
-        masks["documents", "flash"] = documents
+    for kernel in ("auto", "flash"):
+        if flash_kernels(width, kernel == "auto") is not None:
+            masks |= {("none", kernel): None, ("documents", kernel): documents}
     for kernel in ("sdpa", "flex") if device.type == "cuda" else ("sdpa",):
         masks["blocks", kernel] = block_diffusion_mask(length // 2, 8, None, kernel, device)
 
     def case(kernel: str, mask: Mask) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
+        return lambda: torch.autograd.grad(attention(*qkv.unbind(2), mask, kernel), qkv, direction)
 
     cases = {f"{mask}: {kernel_name(kernel, head_width=width)}": case(kernel, m) for (mask, kernel), m in masks.items()}
+    failed: dict[str, Any] = {}
+    for name, run in list(cases.items()):
+        try:
+            run()
+        except Exception as error:
+            failed[name] = {"failed": repr(error)[:500]}
+            del cases[name]
     flops = attention_flops(rows, heads, width, length)
-    return {
-        name: {"milliseconds": 1e3 * seconds, "dense_tflops": flops / seconds / 1e12}
-        for name, seconds in medians(in_turns(cases, rounds, warmup=2)).items()
-    }
+    times = medians(in_turns(cases, rounds, warmup=2))
+    return {name: {"milliseconds": 1e3 * s, "dense_tflops": flops / s / 1e12} for name, s in times.items()} | failed
 
 
 def main() -> None:
@@ -67,7 +73,7 @@ def main() -> None:
     report = Report(__doc__, args.json, rows=args.rows, heads=args.heads, head_width=args.width)
     for length in args.lengths:
         found = measure(length, args.rows, args.heads, args.width, args.rounds, device)
-        rows = [(name, *values.values()) for name, values in found.items()]
+        rows = [(name, *values.values()) for name, values in found.items() if "failed" not in values]
         text = table(("", "milliseconds", "dense TFLOP/s"), rows)
         report.add(f"length {length}", found, f"{length} positions\n{text}")
 

@@ -15,34 +15,27 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import attention  # noqa: E402
+import sampling  # noqa: E402
 import torch  # noqa: E402
-from comparing import Times, in_turns, medians, ratio, seconds_of, table  # noqa: E402
+import train_step  # noqa: E402
+from comparing import Times, in_turns, medians, ratio, table  # noqa: E402
 from isolated import Parts, Skipped, run_parts, verdict  # noqa: E402
+from kernel_times import kernel_times  # noqa: E402
 from real_runs import resumed, trained  # noqa: E402
-from workload import LENGTH, ROWS, SIZES, VOCAB, BareStep, attention_flops, shape  # noqa: E402
+from workload import LENGTH, ROWS, SIZES, VOCAB, BareStep, shape  # noqa: E402
 
-from vmd_scale.diffusion.noise import Noise  # noqa: E402
-from vmd_scale.diffusion.sampler import Sampler, sample  # noqa: E402
-from vmd_scale.model import VMD, Architecture, head  # noqa: E402
-from vmd_scale.model.attention import (  # noqa: E402
-    Documents,
-    attention,
-    block_diffusion_mask,
-    document_boundaries,
-    flash_available,
-    flash_kernels,
-)
+from vmd_scale.model import VMD, Architecture  # noqa: E402
+from vmd_scale.model.attention import flash_available  # noqa: E402
 from vmd_scale.planning.flops import FlopsPerToken  # noqa: E402
 from vmd_scale.planning.hardware import peak_flops  # noqa: E402
 from vmd_scale.planning.peaks import peak_bytes  # noqa: E402
@@ -120,6 +113,7 @@ class Check:
             "110M in fp8": (self.in_fp8, 80),
             "trainer 110M, Muon": (lambda: self.trainer("110M", optimizer="muon"), 80),
             "checkpointing": (self.checkpointing, 60),
+            "configs/ladder/110m.json": (lambda: self.trainer("110m.json"), 80),
             "trainer 1B": (lambda: self.trainer("1B"), 150),
         }
 
@@ -169,68 +163,16 @@ class Check:
         return trained(self.tiny, size, changes)
 
     def attention(self) -> dict[str, Any]:
-        """Milliseconds forward and backward of each kernel; L = 1024 and the mask of block diffusion."""
-        rows, length, heads, width = (2, 32, 2, 16) if self.tiny else (32, LENGTH, 12, 64)
-        qkv = [
-            torch.randn(rows, length, heads, width, device=self.device, dtype=self.dtype, requires_grad=True)
-            for _ in range(3)
-        ]
-        kernels = ["sdpa", *(["flash"] if flash_available(width) else [])]
-
-        def run(kernel: str, mask: Any) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(attention(*qkv, mask, kernel).sum(), qkv)
-
-        cases = {kernel: run(kernel, None) for kernel in kernels}
-        segments = (torch.arange(length, device=self.device) // (length // 4)).expand(rows, length)
-        documents = Documents(segments, document_boundaries(segments, 4))
-        varlen = flash_kernels(width)
-        cases |= {f"documents, {k}": run(k, documents) for k in ("sdpa", *(["flash"] if varlen is not None else []))}
-        masks = {
-            kernel: block_diffusion_mask(length // 2, 16, None, kernel, self.device) for kernel in ("sdpa", "flex")
-        }
-        cases |= {f"blocks, {kernel}": run(kernel, mask) for kernel, mask in masks.items() if not self.tiny}
-        flops = attention_flops(rows, heads, width, length)
-        found: dict[str, Any] = {}
-        for name, case in list(cases.items()):
-            try:
-                case()
-            except Exception as error:  # the others are still worth measuring
-                found[name] = {"failed": repr(error)[:500]}
-                del cases[name]
-        for name, seconds in medians(in_turns(cases, self.repeats, warmup=2)).items():
-            found[name] = {"milliseconds": 1e3 * seconds, "tflops": flops / seconds / 1e12}
-        return {**found, "ok": len(cases) == len(found), "varlen by": None if varlen is None else varlen.name}
+        """Milliseconds forward and backward of each kernel and mask; L = 1024."""
+        sizes = (32, 2, 2, 16) if self.tiny else (LENGTH, 32, 12, 64)
+        found = attention.measure(*sizes, rounds=self.repeats, device=self.device)
+        return {**found, "ok": not any("failed" in case for case in found.values())}
 
     def head(self) -> dict[str, Any]:
-        """Milliseconds forward and backward of the loss from hidden states, half of them masked: three ways."""
-        rows, length, width, vocab = (2, 32, 32, 300) if self.tiny else (32, LENGTH, 768, VOCAB)
-        hidden = torch.randn(rows, length, width, device=self.device, dtype=self.dtype, requires_grad=True)
-        matrix = (0.02 * torch.randn(vocab, width, device=self.device)).to(self.dtype).requires_grad_()
-        targets = torch.randint(vocab, (rows, length), device=self.device)
-        index, weight = torch.arange(0, rows * length, 2, device=self.device), torch.ones(rows, 1, device=self.device)
-
-        def ours(multiple: int) -> object:
-            with patch.dict(head.VOCAB_MULTIPLE, {self.device.type: multiple}):
-                total = head.weighted_nll(hidden, targets, index, matrix, weight, compiled=not self.tiny)
-            return torch.autograd.grad(total, (hidden, matrix))
-
-        cases: dict[str, Callable[[], object]] = {
-            "ours": lambda: ours(64),
-            "ours, symbols not filled up": lambda: ours(1),
-        }
-        if importlib.util.find_spec("liger_kernel") is not None and not self.tiny:
-            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-            liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-            def by_liger() -> object:
-                total = liger(matrix, hidden.flatten(0, 1)[index], targets.flatten()[index])
-                return torch.autograd.grad(total, (hidden, matrix))
-
-            cases["Liger"] = by_liger
-        flops = 3 * 2 * len(index) * width * vocab
-        times = medians(in_turns(cases, self.repeats, warmup=2))
-        return {name: {"milliseconds": 1e3 * s, "tflops": flops / s / 1e12} for name, s in times.items()}
+        """Milliseconds forward and backward of the loss from hidden states, half of them masked: several ways."""
+        sizes = {"length": 32, "width": 32} if self.tiny else {"length": LENGTH, "width": 768}
+        vocab, rows = (300, 2) if self.tiny else (VOCAB, 32)
+        return train_step.head_only_where_masked(vocab, rows, self.repeats, self.device, **sizes)
 
     def throughput(self, size: str, compiled: bool = True) -> dict[str, Any]:
         """Tokens/s and MFU of VMD and MDM steps, in turns."""
@@ -240,8 +182,9 @@ class Check:
         return {"vmd_of_mdm": ratio(times, "mdm", "vmd"), **found}
 
     def by_kernel(self) -> dict[str, Any]:
-        """VMD steps with the attention that is chosen, flash-attn where it is installed, and with PyTorch's SDPA."""
-        return self.speeds({kernel: self.step("110M", True, attention=kernel) for kernel in ("auto", "sdpa")})[0]
+        """VMD steps with the attention that is chosen, with flash-attn where it is installed, and with SDPA."""
+        kernels = ("auto", *(("flash",) if flash_available(64) else ()), "sdpa")
+        return self.speeds({kernel: self.step("110M", True, attention=kernel) for kernel in kernels})[0]
 
     def in_fp8(self) -> dict[str, Any]:
         """VMD steps with the blocks' linear layers in fp8, and without; `mfu` is of the peak of bf16."""
@@ -272,33 +215,8 @@ class Check:
         return found, times
 
     def where_the_time_goes(self) -> dict[str, Any]:
-        """Device time of VMD steps at 110 M by kind of kernel, and the dearest kernels."""
-        from torch.profiler import ProfilerActivity, profile
-
-        step = self.step("110M", latent=True)
-        for _ in range(3):
-            step()
-        activities = [ProfilerActivity.CPU] if self.tiny else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities) as profiler:
-            wall = seconds_of(lambda: [step() for _ in range(3)])
-        spent: dict[str, float] = defaultdict(float)
-        for event in profiler.key_averages():
-            if getattr(event, "is_user_annotation", False):  # a region that holds kernels which are counted
-                continue
-            on_device = event.device_type != torch.autograd.DeviceType.CPU
-            if on_device or self.tiny:
-                spent[event.key] += event.self_cpu_time_total if self.tiny else event.self_device_time_total
-        kinds: dict[str, float] = defaultdict(float)
-        for name, microseconds in spent.items():
-            kinds[kind_of(name)] += microseconds
-        total = sum(kinds.values()) or 1.0
-        dearest = sorted(spent.items(), key=lambda item: -item[1])[:25]
-        return {
-            "milliseconds_a_step": 1e3 * wall / 3,
-            "busy": total / 1e6 / wall,
-            "share": {k: v / total for k, v in sorted(kinds.items(), key=lambda item: -item[1])},
-            "kernels": [{"name": name[:120], "share": t / total} for name, t in dearest],
-        }
+        """Device time of VMD steps at 110 M by kind of kernel, and the slowest kernels."""
+        return kernel_times(self.step("110M", latent=True))
 
     def checkpointing(self) -> dict[str, Any]:
         """Seconds and peak of a step with each kind of activation checkpointing."""
@@ -339,34 +257,10 @@ class Check:
             model.compile_blocks()
         found: dict[str, Any] = {}
         for batch in batches:
+            sampling.warm_up(models, batch, "balanced")
             for steps in counts:
-
-                def run(name: str, steps: int = steps, batch: int = batch) -> Callable[[], object]:
-                    return lambda: sample(models[name], Sampler(steps), Noise(0), torch.arange(batch))
-
-                times = in_turns({name: run(name) for name in models}, 3)
-                tokens = batch * self.shape("110M", True).row_length
-                found[f"batch {batch}, T = {steps}"] = {
-                    **{f"{name}_tokens_per_second": tokens / s for name, s in medians(times).items()},
-                    "vmd_of_mdm": ratio(times, "mdm", "vmd"),
-                }
+                found[f"batch {batch}, T = {steps}"] = sampling.measure(models, batch, steps, "balanced", rounds=3)
         return found
-
-
-def kind_of(kernel: str) -> str:
-    """What a kernel is for, by its name."""
-    name = kernel.lower()
-    for kind, marks in (
-        ("attention", ("flash", "fmha", "attention", "attn")),
-        ("matrix products", ("gemm", "nvjet", "cutlass", "aten::mm", "aten::addmm", "cublas", "matmul")),
-        ("optimizer", ("adam", "multi_tensor", "foreach", "lerp")),
-        ("embedding and gather", ("embedding", "index", "scatter", "gather", "sort")),
-        ("compiled element-wise", ("triton",)),
-        ("copies", ("memcpy", "memset", "copy")),
-    ):
-        if any(mark in name for mark in marks):
-            return kind
-    return "other element-wise"
 
 
 def parts_of(tiny: bool) -> Parts:

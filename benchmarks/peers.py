@@ -5,11 +5,11 @@
     python benchmarks/peers.py --mdlm mdlm --gidd gidd --json peers.json
 
 Every side has layers, width, heads, rows, length and vocabulary in common and no dropout, and takes turns with the
-others on random tokens. A step is loss, gradient, clipping, AdamW and what the trainer averages: MDLM its EMA, by its
-own code; GIDD, here with its MDLM objective, has none. GIDD compiles its step by default: it is measured both ways. What
-a peer logs is left out. Where flash-attn is missing, MDLM's calls of it go to PyTorch's SDPA, which GIDD and ours use
-then too. `peak_mib` is what a step takes beside weights and optimizer, `of ours` the speed of each side against our VMD
-as it trains here. Sampling draws the same number of rows in T steps; MDLM's sampler ends with one forward more.
+others on random tokens. A step is loss, gradient, clipping, AdamW and, of MDLM's and ours, the moving average. What a
+peer logs is left out. GIDD, here with its MDLM objective, compiles its step by default: it is measured both ways. Where
+flash-attn is missing, MDLM's calls of it go to PyTorch's SDPA, which GIDD and ours use then too. `of_ours` is the speed
+of a side against our VMD as it trains here, `peak_mib` what a step takes beside weights and optimizer. Sampling draws
+the same number of rows in T steps; MDLM's sampler ends with one forward more.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import importlib.util
 import subprocess
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def mdlm(folder: Path, sizes: Sizes, device: torch.device) -> Peer:
     # Not needed here, and they need mamba-ssm and torchvision.
     for name in ("dataloader", "models.dimamba", "models.autoregressive", "timm", "timm.scheduler"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules["timm.scheduler"].CosineLRScheduler = type("CosineLRScheduler", (), {})  # type: ignore[attr-defined]
+    sys.modules["timm.scheduler"].CosineLRScheduler = type("CosineLRScheduler", (), {})
     if importlib.util.find_spec("flash_attn") is None:
         stand_in_for_flash_attn()
     diffusion = imported(folder, "diffusion")
@@ -205,9 +206,9 @@ def stand_in_for_flash_attn() -> None:
     names = ("flash_attn", "flash_attn.layers", "flash_attn.layers.rotary", "flash_attn.flash_attn_interface")
     package, layers, rotary, interface = modules = [types.ModuleType(name) for name in names]
     sys.modules.update(zip(names, modules, strict=True))
-    package.layers, layers.rotary, package.flash_attn_interface = layers, rotary, interface  # type: ignore[attr-defined]
-    rotary.apply_rotary_emb_qkv_ = apply_rotary_emb_qkv_  # type: ignore[attr-defined]
-    interface.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func  # type: ignore[attr-defined]
+    package.layers, layers.rotary, package.flash_attn_interface = layers, rotary, interface
+    rotary.apply_rotary_emb_qkv_ = apply_rotary_emb_qkv_
+    interface.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
 
 
 def precision_on(device: torch.device) -> torch.dtype:
@@ -221,13 +222,14 @@ def sides_of(args: Sizes, device: torch.device) -> dict[str, Peer | BareStep]:
     for name, latent in (("our VMD", True), ("our MDM", False)):
         a = shape(args.layers, args.width, args.heads, args.length, args.vocab, latent, condition_width=CONDITION)
         sides[name] = BareStep(a, args.rows, device, precision_on(device), compiled=on_gpu)
-        if not on_gpu:
+        if args.compile and not on_gpu:
             sides[f"{name}, compiled"] = BareStep(a, args.rows, device, precision_on(device), compiled=True)
     if args.mdlm:
         sides["MDLM"] = mdlm(args.mdlm, args, device)
     if args.gidd:
         sides["GIDD"] = gidd(args.gidd, args, device)
-        sides["GIDD, compiled"] = gidd(args.gidd, args, device, compiled=True)
+        if args.compile:
+            sides["GIDD, compiled"] = gidd(args.gidd, args, device, compiled=True)
     return sides
 
 
@@ -250,6 +252,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 32], help="of the samplers")
     parser.add_argument("--draw", type=int, default=4, help="rows")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(namespace=Sizes())
     commits = {}
@@ -264,6 +267,7 @@ def main() -> None:
             parser.error(f"--{name}: its code imports {', '.join(missing)}, which is not installed")
         told = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
         commits[name] = told.stdout.strip() or None
+    warnings.simplefilter("ignore", FutureWarning)  # MDLM's way to ask for autocast
     device = torch.device("cuda" if on_gpu else "cpu")
     settings = {name: getattr(args, name) for name in ("layers", "width", "heads", "length", "vocab", "rows")}
     report = Report(__doc__, args.json, commits=commits, **settings)
@@ -274,7 +278,7 @@ def main() -> None:
         name: {
             "seconds": seconds,
             "tokens_per_second": args.rows * args.length / seconds,
-            "of ours": ratio(times, "our VMD", name),
+            "of_ours": ratio(times, "our VMD", name),
             "parameters": sum(p.numel() for p in sides[name].parameters),
             "peak_mib": peak_bytes(sides[name], device) / 2**20,
         }

@@ -14,7 +14,7 @@ import torch
 from workload import LATENT_WIDTH, LENGTH, ROWS, SIZES, VOCAB
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart.json"
+QUICKSTART, LADDER = ROOT / "configs" / "quickstart.json", ROOT / "configs" / "ladder"
 
 
 def resumed(tiny: bool) -> dict[str, Any]:
@@ -50,12 +50,11 @@ def trained(tiny: bool, size: str, changes: dict[str, Any]) -> dict[str, Any]:
     On a CPU the former is of the whole process, and the latter of its tensors.
 
     Args:
-        size: 110M | 1B.
+        size: 110M | 1B, with the encoder that is default; or a file of configs/ladder, as it is.
         changes: other settings.
     """
-    (layers, width, heads), length, vocab, rows, steps = SIZES[size], LENGTH, VOCAB, ROWS[size], 60
-    if tiny:
-        layers, width, heads, length, vocab, rows, steps = (2, 32, 2, 32, 300, 2, 12)
+    config = LADDER / size if size.endswith(".json") else QUICKSTART
+    length, vocab, steps = (32, 300, 12) if tiny else (LENGTH, VOCAB, 60)
     with tempfile.TemporaryDirectory() as name:
         folder, generator = Path(name), random.Random(0)
         text = folder / "numbers.txt"
@@ -68,39 +67,63 @@ def trained(tiny: bool, size: str, changes: dict[str, Any]) -> dict[str, Any]:
             "data.tokenizer": f"symbols:{vocab}",
             "data.shards": folder / "shards",
             "data.row_length": length,
-            "model.layers": layers,
-            "model.width": width,
-            "model.heads": heads,
-            "latent.width": LATENT_WIDTH,
-            "latent.encoder_layers": max(1, layers // 4),
-            "latent.encoder_width": width // 2,
-            "diffusion.objective": "vmd",
+            "data.workers": 1,
+            "data.row_specials": "false",
+            "data.validation_documents": "null",
             "training.steps": steps,
-            "training.global_batch": rows,
-            "training.micro_batch": rows,
             "training.precision": "fp32" if tiny else "bf16",
             "training.checkpoint_every": 10**6,
-            "training.compile": "true",
             "evaluation.every": "null",
             "telemetry.log_every": 5,
+            **(model_of(size) if config == QUICKSTART else {"training.global_batch": 32}),
+            **(TINY if tiny else {}),
             **changes,
         }
-        pretrain(folder / "run", settings, timeout=400)
+        pretrain(folder / "run", settings, timeout=400, config=config)
         records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = ("tokens_per_second", "mfu", "data_wait_fraction")
     half = records[len(records) // 2 :]
     found = {key: statistics.median(record[key] or 0.0 for record in half) for key in logged}
-    return {**found, "peak_memory_gib": records[-1]["peak_memory_gib"], "predicted_memory_gib": predicted(settings)}
+    memory = {"peak_memory_gib": records[-1]["peak_memory_gib"], "predicted_memory_gib": predicted(settings, config)}
+    return {**found, **memory}
 
 
-def predicted(settings: dict[str, Any]) -> float:
+TINY = {
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "latent.encoder_layers": 1,
+    "latent.encoder_width": 16,
+    "training.global_batch": 2,
+    "training.micro_batch": 2,
+}
+
+
+def model_of(size: str) -> dict[str, Any]:
+    """Settings of a network of this size with the default encoder, all of whose rows are of one micro-batch."""
+    layers, width, heads = SIZES[size]
+    return {
+        "model.layers": layers,
+        "model.width": width,
+        "model.heads": heads,
+        "latent.width": LATENT_WIDTH,
+        "latent.encoder_layers": max(1, layers // 4),
+        "latent.encoder_width": width // 2,
+        "diffusion.objective": "vmd",
+        "training.global_batch": ROWS[size],
+        "training.micro_batch": ROWS[size],
+        "training.compile": "true",
+    }
+
+
+def predicted(settings: dict[str, Any], config_file: Path) -> float:
     """GiB that one rank of such a run takes, by the formulas behind plan.py."""
     from vmd_scale.build import build_architecture
     from vmd_scale.config_file import load_config
     from vmd_scale.planning.memory import memory_of
     from vmd_scale.tokenization import load_tokenizer
 
-    config = load_config(QUICKSTART, overrides_of(settings))
+    config = load_config(config_file, overrides_of(settings))
     architecture = build_architecture(config, load_tokenizer(config.data.tokenizer).vocab_size)
     memory = memory_of(config, architecture, 1, config.training.precision, torch.cuda.is_available())
     return memory.total / 2**30
@@ -110,14 +133,14 @@ def overrides_of(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def pretrain(run: Path, settings: dict[str, Any], timeout: float) -> None:
+def pretrain(run: Path, settings: dict[str, Any], timeout: float, config: Path = QUICKSTART) -> None:
     """
     Raises:
         RuntimeError: it failed; the end of what it said.
     """
     overrides = [part for setting in overrides_of(settings) for part in ("--set", setting)]
-    config = ["--config", str(QUICKSTART), "--output", str(run)]
-    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), *config, *overrides]
+    command = [sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(config), "--output", str(run)]
+    command += overrides
     path = os.pathsep.join((*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)))
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -10,6 +10,7 @@ cores it all takes about 20 minutes, and with `--batches 64` over an hour.
 """
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,26 @@ from workload import VOCAB, shape
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.model import VMD
+
+
+def measure(
+    models: Mapping[str, VMD], batch: int, steps: int, law: str, rounds: int, seconds: float | None = None
+) -> dict[str, Any]:
+    """Tokens/s of "mdm" and "vmd" in turns, milliseconds a forward, their ratio and its quartiles."""
+    sampler, numbers = Sampler(steps, law=law), torch.arange(batch)
+    cases = {name: partial(sample, model, sampler, Noise(0), numbers) for name, model in models.items()}
+    times = in_turns(cases, rounds, warmup=0, seconds=seconds)
+    found: dict[str, Any] = {}
+    for name, taken in medians(times).items():
+        found[f"{name}_tokens_per_second"] = batch * models[name].architecture.row_length / taken
+        found[f"{name}_ms_a_forward"] = 1e3 * taken / steps
+    low, high = quartiles(times, "mdm", "vmd")
+    return {**found, "vmd_of_mdm": ratio(times, "mdm", "vmd"), "quartiles": [low, high], "rounds": len(times["mdm"])}
+
+
+def warm_up(models: Mapping[str, VMD], batch: int, law: str) -> None:
+    for model in models.values():  # a few steps do
+        sample(model, Sampler(2, law=law), Noise(0), torch.arange(batch))
 
 
 def main() -> None:
@@ -41,41 +62,29 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     layers, width, heads, length = (12, 768, 12, 1024) if on_gpu else (4, 256, 4, 256)
-    models, kinds = {}, ("", ", compiled") if args.compile else ("",)
-    for compiled in kinds:
+    kinds: dict[str, dict[str, VMD]] = {}
+    for kind in ("", ", compiled") if args.compile else ("",):
+        kinds[kind] = {}
         for name, latent in (("mdm", False), ("vmd", True)):
             torch.manual_seed(0)
             model = VMD(shape(layers, width, heads, length, args.vocab, latent)).to(device, dtype).eval()
-            if compiled:
+            if kind:
                 model.compile_blocks()
-            models[f"{name}{compiled}"] = model
+            kinds[kind][name] = model
     shown = {"processor_time": args.processor_time, "shape": [layers, width, length], "vocab": args.vocab}
     report = Report(__doc__, args.json, **shown)
-    rows, result = [], {}
+    rows: list[tuple[object, ...]] = []
+    result: dict[str, Any] = {}
     for batch in args.batches:
-        numbers = torch.arange(batch)
-        for model in models.values():  # to warm up, a few steps do
-            sample(model, Sampler(2, law=args.law), Noise(0), numbers)
+        for models in kinds.values():
+            warm_up(models, batch, args.law)
         for steps in args.steps:
-            sampler = Sampler(steps, law=args.law)
-            cases = {key: partial(sample, model, sampler, Noise(0), numbers) for key, model in models.items()}
-            times = in_turns(cases, args.rounds, warmup=0, seconds=args.seconds)
-            seconds = medians(times)
-            for compiled in kinds:
-                found: dict[str, Any] = {}
-                for name in ("mdm", "vmd"):
-                    taken = seconds[f"{name}{compiled}"]
-                    found[f"{name}_tokens_per_second"] = batch * length / taken
-                    found[f"{name}_ms_a_forward"] = 1e3 * taken / steps
-                sides = f"mdm{compiled}", f"vmd{compiled}"
-                found["vmd_of_mdm"] = ratio(times, *sides)
-                low, high = quartiles(times, *sides)
-                result[f"batch {batch}, T = {steps}{compiled}"] = {
-                    **found,
-                    "quartiles": [low, high],
-                    "rounds": len(times[sides[0]]),
-                }
-                rows.append((f"{batch}, {steps}{compiled}", *found.values(), f"{low:.3f}-{high:.3f}"))
+            for kind, models in kinds.items():
+                found = measure(models, batch, steps, args.law, args.rounds, args.seconds)
+                result[f"batch {batch}, T = {steps}{kind}"] = found
+                low, high = found["quartiles"]
+                shown = [value for name, value in found.items() if name not in ("quartiles", "rounds")]
+                rows.append((f"{batch}, {steps}{kind}", *shown, f"{low:.3f}-{high:.3f}"))
             report.save("sampling", result)
     header = ("batch, T", "MDM tokens/s", "ms a forward", "VMD tokens/s", "ms a forward", "VMD / MDM", "quartiles")
     report.add("sampling", result, table(header, rows))

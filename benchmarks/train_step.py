@@ -10,17 +10,20 @@ as it is, and `peak_mib` is what it takes beside weights and optimizer. On a GPU
 """
 
 import argparse
+import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from comparing import Clock, Report, in_turns, medians, ratio, seconds_of, table, wait_for_device
 from torch.nn import functional as F
 from workload import VOCAB, BareStep, shape
 
+from vmd_scale.model import head
 from vmd_scale.model.head import masked_nll, weighted_nll
 from vmd_scale.planning.peaks import peak_bytes
 
@@ -85,10 +88,21 @@ def beside(
     }
 
 
-def head_only_where_masked(vocab: int, rows: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Loss and gradient of hidden states and head, half of the positions masked: the three ways to them."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    length, width = SHAPE["length"], SHAPE["width"]
+def head_only_where_masked(
+    vocab: int,
+    rows: int,
+    rounds: int,
+    device: torch.device,
+    length: int = SHAPE["length"],
+    width: int = SHAPE["width"],
+) -> dict[str, Any]:
+    """Loss and gradient of hidden states and head, half of the positions masked: three ways to them.
+
+    On a GPU two more: the fused way without filling up the vocabulary, and Liger's where it is installed, which does
+    not weigh positions.
+    """
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, length, width, generator=generator).to(device, dtype).requires_grad_()
     matrix = torch.randn(vocab, width, generator=generator).mul(0.02).to(device, dtype).requires_grad_()
@@ -105,12 +119,23 @@ def head_only_where_masked(vocab: int, rows: int, rounds: int, device: torch.dev
         return masked_nll(hidden, targets, index, lambda h: (h @ matrix.T).float(), vocab).sum()
 
     def fused() -> torch.Tensor:
-        return weighted_nll(hidden, targets, index, matrix, weight, compiled=device.type == "cuda")
+        return weighted_nll(hidden, targets, index, matrix, weight, compiled=on_gpu)
+
+    def not_filled_up() -> torch.Tensor:
+        with patch.dict(head.VOCAB_MULTIPLE, {device.type: 1}):
+            return fused()
 
     def with_gradient(loss: Callable[[], torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(loss(), (hidden, matrix))
 
     ways = {"full logits": full, "gathered, recomputed": recomputed, "gathered, fused": fused}
+    if on_gpu:
+        ways["gathered, fused, symbols not filled up"] = not_filled_up
+    if on_gpu and importlib.util.find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        ways["gathered, Liger"] = lambda: liger(matrix, hidden.flatten(0, 1)[index], targets.flatten()[index])
     cases = {name: with_gradient(way) for name, way in ways.items()}
     return beside(cases, "full logits", "speedup", rounds, device)
 

@@ -14,7 +14,7 @@ LATENT_WIDTH = 128
 VOCAB = 50_257  # of GPT-2; with the mask symbol 50,258, for which the head has no row
 LENGTH = 1024
 SIZES = {"110M": (12, 768, 12), "1B": (20, 2048, 16)}  # layers, width, heads
-ROWS = {"110M": 32, "1B": 16}  # of a step on one GPU
+ROWS = {"110M": 64, "1B": 32}  # of a step on one GPU; MDLM has 512 on eight
 
 
 def attention_flops(rows: int, heads: int, width: int, length: int) -> int:

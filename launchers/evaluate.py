@@ -38,9 +38,10 @@ from vmd_scale.errors import UserError, reports_user_errors
 from vmd_scale.evaluation.generation import evaluate_generation, generation_table
 from vmd_scale.evaluation.judges import NGramJudge, load_judge, parse_judge
 from vmd_scale.evaluation.latent import latent_usage
-from vmd_scale.evaluation.perplexity import Ranks, Request, Result, evaluate
+from vmd_scale.evaluation.perplexity import Request, Result, evaluate
 from vmd_scale.evaluation.protocols import PROTOCOLS, ZERO_SHOT, get_protocol
 from vmd_scale.evaluation.published import generative_figures
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.evaluation.tables import beside_published, table
 from vmd_scale.evaluation.zero_shot import parse_sources, prepare_set
 from vmd_scale.files import check_writable, write_json
@@ -206,9 +207,8 @@ def prepare_zero_shot(sources: dict[str, str], trained: TrainedModel, folder: Pa
 def score(trained: TrainedModel, reader: ShardReader, request: Request, ranks: Ranks, say: Any) -> list[dict[str, Any]]:
     """Bounds on one split, printed and returned as plain values."""
     check_reader(reader, trained)
-    of = checkpoint_id(trained.checkpoint)
     found: list[Result] = evaluate(trained.model, reader, request, trained.weights, trained.step, ranks)
-    results = [replace(result, checkpoint=of) for result in found]
+    results = [replace(result, checkpoint=checkpoint_id(trained.checkpoint)) for result in found]
     say(f"\nprotocol {request.protocol}: {get_protocol(request.protocol).description}")
     say(table(results))
     wanted = request.until_error

@@ -105,7 +105,7 @@ def parse_names(text: str | None) -> tuple[str, ...]:
 
 
 def accuracies(run: Path, weights: str) -> str:
-    """Of validation and test; a table, and classification.json."""
+    """The accuracies on validation and test: returns a table, writes classification.json."""
     from vmd_scale.data.manifest import read_manifest
     from vmd_scale.evaluation.classification import CLASSIFICATION, classify, label_tokens, table
 

@@ -1,14 +1,16 @@
-"""What a run would cost on GPUs that need not be here.
+"""A run on paper: does it fit, how fast is it, how long does it take, what does it cost.
 
     python launchers/plan.py --config configs/openwebtext.json --gpus 8 --gpu h100
     python launchers/plan.py --config configs/openwebtext.json --gpus 512 --gpu h200 --zero 2 --json plan.json
     python launchers/plan.py --config configs/ladder/*.json --gpus 64        several side by side
 
-Memory of a GPU by part for every ZeRO stage and the largest micro-batch that fits; expected tokens/s, days and dollars,
-also with up to thousands of GPUs. What it assumes about machines is in vmd_scale/planning, with its sources.
+The GPUs need not be here. Memory of a GPU by part for every ZeRO stage and the largest micro-batch that fits; expected
+tokens/s, days and dollars, also with up to thousands of GPUs. What it assumes about machines is in vmd_scale/planning,
+with its sources.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from vmd_scale.build import build_architecture
@@ -33,15 +35,19 @@ def main() -> None:
     parser.add_argument(
         "--mfu", type=float, default=ATTAINED_MFU, help="assumed of computation alone, without communication"
     )
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour, instead of a rough one of 2025")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     args = parser.parse_args()
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: at least 1")
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu}: a number above 0 and at most 1")
+    if args.price is not None and not args.price >= 0:
+        raise UserError(f"--price {args.price}: dollars, at least 0")
+    gpu = GPUS[args.gpu] if args.price is None else replace(GPUS[args.gpu], price=args.price)
     check_writable(args.json, "--json")
     stage = [] if args.zero is None else [f"deepspeed.zero_optimization.stage={args.zero}"]
-    plans = {path: plan_of(path, [*args.set, *stage], GPUS[args.gpu], args.mfu) for path in args.config}
+    plans = {path: plan_of(path, [*args.set, *stage], gpu, args.mfu) for path in args.config}
     (first, *others) = plans.values()
     print(describe_several(plans, args.gpus) if others else describe(first, args.gpus))
     if args.json is not None:

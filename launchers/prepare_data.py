@@ -6,8 +6,8 @@
     python launchers/prepare_data.py inspect DIR --plot lengths.png        and a picture of the lengths
     python launchers/prepare_data.py verify DIR                            compare every file with its checksum
 
-A preparation that was killed is started again with the same command and goes on after its last finished shard. Shards
-that are there and fit are left alone; shards that were made with other settings are an error, unless --force.
+Run again after a kill, the same command continues after the last finished shard. Shards that are there and fit are left
+alone; shards that were made with other settings are an error, unless --force.
 """
 
 import argparse

@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 launchers/pretrain.py --config ...             likewise, and under srun
     ... --set training.micro_batch=16 --set model.layers=6                     any key can be overridden
 
-Called again with the same --output, the run goes on from its newest whole checkpoint. After SIGTERM, SIGUSR1 or when
+Run again with the same --output, it continues from its newest whole checkpoint. After SIGTERM, SIGUSR1 or when
 a file named STOP appears in the run folder, it writes a checkpoint and exits with code 75. Bad input: exit code 2.
 """
 

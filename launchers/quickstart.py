@@ -3,8 +3,8 @@
     python launchers/quickstart.py                              about four minutes on two CPU cores, offline
     python launchers/quickstart.py --set training.steps=5000    another setting, in an empty folder
 
-Interrupted and called again, it goes on where it was: a step whose result is newer than what it was made from is not
-made again. Everything lands in quickstart/.
+If it is interrupted, run it again and it continues: a step whose result is newer than what it was made from is not made
+again. Everything lands in quickstart/.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     if not any(path.name >= wanted for path in whole_checkpoints(RUN / "checkpoints")):
         pretrain(settings)
     if find_checkpoint(RUN).name < wanted:  # the launcher may exit with 0 after a failure
-        raise UserError(f"pretraining ended before step {config.training.steps}; see {RUN / 'log.txt'} and call again")
+        raise UserError(f"pretraining ended before step {config.training.steps}; see {RUN / 'log.txt'} and run again")
     trained = find_checkpoint(RUN) / "manifest.json"
 
     say("bounds on the validation split")

@@ -5,7 +5,7 @@
     python launchers/report.py runs/text8 --watch 60               again every minute until the run ends or dies
     python launchers/report.py runs/text8 --output page.html --png pictures
 
-Works while the run goes on. Final bounds and samples are shown where the run folder holds them:
+Works while the run is in progress. Final bounds and samples are shown where the run folder holds them:
 
     python launchers/evaluate.py --checkpoint runs/text8 --steps 1,4,16,inf --json runs/text8/evaluation.json
     python launchers/sample.py --checkpoint runs/text8 --steps 1,4,16 --json runs/text8/samples.json

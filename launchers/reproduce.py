@@ -5,7 +5,7 @@
     python launchers/reproduce.py text8 --fast --set data.source=enwiki.txt
 
 Writes TASK.md, TASK.json and, where the task has a picture, TASK.png into docs/results, also with --fast, over what is
-there. Models stay in runs/reproduce/TASK; called again, what is there is not trained again. Without a GPU, one model is
+there. Models stay in runs/reproduce/TASK; run again, it does not train what is there. Without a GPU, one model is
 trained on each CPU core; with GPUs, each on as many as its micro-batches divide into.
 """
 

@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def prompt_tokens(text: str, trained: TrainedModel) -> torch.Tensor:
-    """int64 [n], encoded as training texts are, behind the token that training rows begin with; holes are mask_id."""
+    """int64 [n], encoded as training texts are, after the token that training rows begin with; holes are mask_id."""
     if not text:
         return torch.zeros(0, dtype=torch.int64)
     data, mask_id = trained.config.data, trained.model.architecture.mask_id

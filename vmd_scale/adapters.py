@@ -6,7 +6,7 @@ loaded into an adapted model keep their names, and evaluation, sampling and expo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -50,7 +50,7 @@ def add_adapters(model: nn.Module, lora: LoRAConfig) -> None:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _check(lora.layers, linear, "training.lora.layers")
     for name, module in linear.items():
-        if _matches(name, lora.layers):
+        if matches(name, lora.layers):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LowRankLinear(module, lora.rank, lora.scale))
 
@@ -64,10 +64,10 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
     named = dict(model.named_parameters())
     patterns = [part for pattern in trainable for part in (LATENT_PARTS if pattern == LATENT else (pattern,))]
     _check([p for p in trainable if p != LATENT], named, "training.trainable")
-    if LATENT in trainable and not any(_matches(name, LATENT_PARTS) for name in named):
+    if LATENT in trainable and not any(matches(name, LATENT_PARTS) for name in named):
         raise UserError("training.trainable: 'latent' needs a latent, but latent.width is 0")
     for name, parameter in named.items():
-        parameter.requires_grad_(_matches(name, patterns) or name.endswith((".lora_a", ".lora_b")))
+        parameter.requires_grad_(matches(name, patterns) or name.endswith((".lora_a", ".lora_b")))
 
 
 def merged(weights: Mapping[str, Tensor], lora: LoRAConfig | None) -> dict[str, Tensor]:
@@ -83,12 +83,18 @@ def merged(weights: Mapping[str, Tensor], lora: LoRAConfig | None) -> dict[str, 
     return plain
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter's or a layer's name has one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def occurs(pattern: str, names: Iterable[str]) -> bool:
+    """Whether one of the names has the pattern."""
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _check(patterns: Sequence[str], names: Mapping[str, object], key: str) -> None:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not occurs(pattern, names):
             some = ", ".join(list(names)[:6])
             raise UserError(f"{key}: no parameter matches {pattern!r}; there are {some}, ...")

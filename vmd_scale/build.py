@@ -48,7 +48,7 @@ def build_architecture(config: Config, vocab_size: int) -> Architecture:
 
 
 def build_model(config: Config, vocab_size: int) -> VMD:
-    """A freshly initialised model, a function of the seed alone, with adapters and frozen parts where wanted.
+    """A freshly initialized model, a function of the seed alone, with adapters and frozen parts where wanted.
 
     Raises:
         UserError: a pattern of names that nothing has.

@@ -59,7 +59,7 @@ def run_folder_of(checkpoint: Path) -> Path:
 
 
 def checkpoint_id(checkpoint: Path) -> str:
-    """16 hexadecimal digits that tell a checkpoint from any other, wherever it lies: it has the hashes of its files."""
+    """16 hexadecimal digits that tell a checkpoint from any other, wherever it is: it has the hashes of its files."""
     return sha256_of(checkpoint / MANIFEST)[:16]
 
 
@@ -162,6 +162,22 @@ def find_checkpoint(path: str | Path, key: str = "--checkpoint") -> Path:
     return found[-1]
 
 
+def check_fingerprint(name: str, found: str, wanted: str, checkpoint: Path) -> None:
+    """
+    Args:
+        name: of the tokenizer whose fingerprint was `found`.
+        wanted: that of the tokenizer which the checkpoint was trained with.
+
+    Raises:
+        UserError: they differ.
+    """
+    if found != wanted:
+        raise UserError(
+            f"data.tokenizer {name!r} has fingerprint {found[:12]}, but {checkpoint} was trained with {wanted[:12]}: "
+            "not the same tokenizer"
+        )
+
+
 def load_trained(
     path: str | Path, weights: str = "ema", device: str | torch.device = "cpu", precision: str = "fp32"
 ) -> TrainedModel:
@@ -184,11 +200,7 @@ def load_trained(
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
     place = kept_tokenizer(config.data.tokenizer, run_folder_of(checkpoint))
     tokenizer = load_tokenizer(place)
-    if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
-        raise UserError(
-            f"data.tokenizer {place!r} has fingerprint {tokenizer.fingerprint[:12]}, but {checkpoint} "
-            f"was trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
-        )
+    check_fingerprint(place, tokenizer.fingerprint, state["tokenizer_fingerprint"], checkpoint)
     architecture = build_architecture(config, tokenizer.vocab_size)
     model = VMD(replace(architecture, attention="auto"))  # trained with flash-attn, used where there is none
     try:

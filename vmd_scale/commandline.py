@@ -7,7 +7,7 @@ from vmd_scale.errors import UserError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The program's description as it stands; behind the help of an option its default, where that says something."""
+    """Keeps the line breaks of the description; adds an option's default to its help, where that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from vmd_scale.config_rules import DEFAULT_STAGE, RULES
 
+CACHE_GIB = 100.0  # of local copies of remote shards, where nothing else is configured
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".bpe")
 
 
@@ -67,7 +68,8 @@ class CorpusConfig(Section):
     source: Annotated[str | dict[Literal["train", "validation", "test"], str] | None, BeforeValidator(_as_text)] = (
         Field(
             default=None,
-            description="local file or folder, Hugging Face dataset 'hf:NAME', or one of these for each split",
+            description="local file or folder, Hugging Face dataset 'hf:NAME[@REVISION][:CONFIGURATION]', or one of "
+            "these for each split",
         )
     )
     text_column: str | None = Field(
@@ -112,7 +114,7 @@ class DataConfig(CorpusConfig):
     cache: str | None = Field(
         default=None, description="folder for local copies of remote shards; null: ~/.cache/vmd_scale/shards"
     )
-    cache_gib: float = Field(default=100.0, gt=0, description="maximum size of this cache per node, GiB")
+    cache_gib: float = Field(default=CACHE_GIB, gt=0, description="maximum size of this cache per node, GiB")
     workers: int = Field(default=1, ge=1, description="processes that prepare the shards; does not change the output")
 
     @model_validator(mode="after")
@@ -146,7 +148,8 @@ class ModelConfig(Section):
     biases: bool = Field(default=False, description="biases in MLPs and head, as MDLM's published weights have them")
     attention: Literal["auto", "flash", "sdpa", "flex", "reference"] = Field(
         default="auto",
-        description="kernel; auto: on a GPU flash-attn where it is installed, flex for blocks, else sdpa",
+        description="kernel; auto: on a GPU the fastest flash attention there is, flex for blocks, else sdpa; flash: "
+        "flash-attn, or an error",
     )
 
 

@@ -161,15 +161,15 @@ def _section_at(path: Sequence[str]) -> type[BaseModel] | None:
     section: type[BaseModel] = Config
     for part in path:
         field = section.model_fields.get(part)
-        inner = None if field is None else _section_of(field.annotation)
+        inner = None if field is None else section_of(field.annotation)
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """`annotation`, or what it is where it may be null."""
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a value of this type is, or may be, or has as items; None where it is no section."""
     options = (annotation, *get_args(annotation))
     return next((one for one in options if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
@@ -177,6 +177,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _all_keys(section: type[BaseModel] = Config) -> set[str]:
     keys = set(section.model_fields)
     for field in section.model_fields.values():
-        if (inner := _section_of(field.annotation)) is not None:
+        if (inner := section_of(field.annotation)) is not None:
             keys |= _all_keys(inner)
     return keys

@@ -4,19 +4,20 @@ python -m vmd_scale.config_reference > docs/configuration.md
 """
 
 import json
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
 from vmd_scale.config import Config
+from vmd_scale.config_file import section_of
 
 HEAD = """# Configuration
 
 A run is one JSON file. `"base": "other.json"` inherits from another file, whose path is relative to this one: sections
-are merged key by key, lists and values replaced. `--set section.key=VALUE` overrides one key (VALUE is JSON where it can
-be, else text; lists of names or numbers may be written `a,b`; `data.mixture` is set only as a whole). What follows from
-something else is computed, never asked. Unknown keys, wrong types and contradictions are errors, before anything starts.
-The values that may be changed in the middle of a run are listed in
+are merged key by key, lists and values replaced. `--set section.key=VALUE` overrides one key (VALUE is JSON where it
+can be, else text; lists of names or numbers may be written `a,b`; `data.mixture` is set only as a whole). What follows
+from something else is computed, never asked. Unknown keys, wrong types and contradictions are errors, before anything
+starts. The values that may be changed in the middle of a run are listed in
 [operations.md](operations.md#resume-on-other-hardware-too).
 
 This page is made from the code: `python -m vmd_scale.config_reference > docs/configuration.md`.
@@ -47,7 +48,7 @@ def _table(section: type[BaseModel], definitions: dict[str, Any], prefix: str = 
     lines = [] if prefix else ["| key | allowed | default | meaning |", "| --- | --- | --- | --- |"]
     properties = definitions[section.__name__]["properties"]
     for name, field in section.model_fields.items():
-        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)), None)
+        inner = section_of(field.annotation)
         if inner is not None:
             several = get_origin(field.annotation) is tuple
             if field.description:
@@ -59,10 +60,6 @@ def _table(section: type[BaseModel], definitions: dict[str, Any], prefix: str = 
         allowed = _allowed(properties[name], definitions).replace("|", "\\|")
         lines.append(f"| `{prefix}{name}` | {allowed} | {default} | {field.description or ''} |")
     return "\n".join(lines) + "\n"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _allowed(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""Two exceptions, for wrong input and for a run that cannot continue, and how launchers report them."""
 
 import atexit
 import functools
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """The run cannot go on, though nothing is wrong with its input."""
+    """The run cannot continue, though nothing is wrong with its input."""
 
 
 def first_line(error: Exception) -> str:
@@ -36,7 +36,7 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        is_program = sys._getframe(1).f_back is None  # not called by another, which goes on
+        is_program = sys._getframe(1).f_back is None  # not called by another, which continues
         message, code = "", None
         try:
             main(*args, **kwargs)
@@ -47,7 +47,7 @@ def reports_user_errors(main: Callable[P, None]) -> Callable[P, None]:
         except RunFailed as error:
             message, code = f"error: {error}", FAILED_EXIT_CODE
         except KeyboardInterrupt:
-            message, code = "interrupted; the same command goes on", INTERRUPTED_EXIT_CODE
+            message, code = "interrupted; the same command continues", INTERRUPTED_EXIT_CODE
         if message:
             print(message, file=sys.stderr, flush=True)
         if is_program and "deepspeed" in sys.modules and not isinstance(code, str):

@@ -1,19 +1,18 @@
 """`training.init_from`: the weights that a new run starts from, wherever they come from (weight_sources.py).
 
 What the new model has and the old one has not must be a whole latent part, time conditioning or an adapter: it starts
-fresh, and a model that gets it computes at first what it did before. A model that listens to z already comes with the
-encoder that z means something to. What only the old one has must be a whole such part. The row may become shorter.
+fresh, and a model that gets it computes at first what it did before. Weights that depend on z must come with the
+encoder that gives z its meaning. What only the old one has must be a whole such part. The row may become shorter.
 """
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from vmd_scale.adapters import LATENT_PARTS
+from vmd_scale.adapters import LATENT_PARTS, matches, occurs
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.weight_sources import read_weights
@@ -96,21 +95,21 @@ def _fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Fit:
 
 
 def _check_fresh(fresh: Iterable[str], own: Iterable[str], weights: Iterable[str]) -> None:
-    """Adapters start fresh, and parts that the weights have nothing of; an encoder with all that listens to z."""
-    listens = any(_has(weights, part) for part in INJECTION)
-    if _has(own, "encoder.*") and not _has(weights, "encoder.*") and listens:
+    """Adapters start fresh, and parts that the weights have nothing of; an encoder only if nothing depends on z yet."""
+    listens = any(occurs(part, weights) for part in INJECTION)
+    if occurs("encoder.*", own) and not occurs("encoder.*", weights) and listens:
         raise Misfit(WITHOUT_ENCODER)
-    begun = [part for part in OPTIONAL if part != MODULATION and _has(weights, part)]
-    whole = [name for name in fresh if not _is_of(name, ADAPTERS)]
-    needed = [name for name in whole if not _is_of(name, OPTIONAL) or _is_of(name, begun)]
+    begun = [part for part in OPTIONAL if part != MODULATION and occurs(part, weights)]
+    whole = [name for name in fresh if not matches(name, ADAPTERS)]
+    needed = [name for name in whole if not matches(name, OPTIONAL) or matches(name, begun)]
     if needed:
         raise Misfit(f"has no {', '.join(needed[:4])}{' ...' if len(needed) > 4 else ''}; {SECTIONS}")
 
 
 def _check_left_out(left_out: Iterable[str], own: Iterable[str]) -> None:
     """Only parts that the model has nothing of."""
-    unwanted = [part for part in OPTIONAL if not _has(own, part)]
-    unused = [name for name in left_out if not _is_of(name, unwanted)]
+    unwanted = [part for part in OPTIONAL if not occurs(part, own)]
+    unused = [name for name in left_out if not matches(name, unwanted)]
     if unused:
         raise Misfit(f"this model has no place for {unused[0]} ({len(unused)} such tensors); {SECTIONS}")
 
@@ -134,14 +133,6 @@ def _silence(model: VMD, fresh: Collection[str]) -> None:
     for name, parameter in model.named_parameters():
         if name in fresh and name.rpartition(".")[0].removeprefix("denoiser.") in layers:
             nn.init.zeros_(parameter)
-
-
-def _is_of(name: str, parts: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, part) for part in parts)
-
-
-def _has(names: Iterable[str], part: str) -> bool:
-    return any(fnmatchcase(name, part) for name in names)
 
 
 def _parts(names: Iterable[str]) -> str:

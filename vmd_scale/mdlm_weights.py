@@ -1,8 +1,8 @@
 """A name map: weights of MDLM's DiT (arXiv 2406.07524; its `backbone`) as weights of our denoiser.
 
-Published MDLM models hear no time: they condition every block on the embedding of 0, which makes their adaLN a constant
-that the bias of our modulation holds exactly. What the final layer's adaLN does is folded into the last norm and the
-head. Rotary embedding, the order of q, k and v and the activation are the same.
+Published MDLM models do not depend on the time: they condition every block on the embedding of 0, which makes their
+adaLN a constant that the bias of our modulation holds exactly. What the final layer's adaLN does is folded into the
+last norm and the head. Rotary embedding, the order of q, k and v and the activation are the same.
 """
 
 from collections.abc import Mapping

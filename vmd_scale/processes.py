@@ -23,7 +23,7 @@ class WorkerDied(Exception):
 def end_with_parent(first: Callable[[], object] | None = None) -> None:
     """In a worker: end with exit code 1 when the parent has ended, whatever this process is doing then.
 
-    A parent that was killed cannot end its workers, and they would wait for work for ever.
+    A parent that was killed cannot end its workers, and they would wait for work forever.
 
     Args:
         first: done before the end.
@@ -53,7 +53,7 @@ def map_in_processes(
         Exception: what `function` raised, instead of its result.
     """
     # A pipe for each worker, not the queues that the pools of the standard library share among theirs: what a killed
-    # worker had half written to a shared queue keeps everybody waiting for ever. Spawned, not forked: the parent may
+    # worker had half written to a shared queue keeps everybody waiting forever. Spawned, not forked: the parent may
     # have threads, and a forked child would hold the locks of a killed parent.
     spawn = multiprocessing.get_context("spawn")
     pipes: list[Connection] = []

@@ -1,11 +1,10 @@
-"""Reading weights from wherever they lie: names, shapes and values; on the meta device names and shapes alone.
+"""Reading weights from wherever they are: names, shapes and values; on the meta device names and shapes alone.
 
 exported folder     what launchers/export.py wrote
 run or checkpoint   its averaged weights, or the raw ones where there is no average; adapters are merged
 a file              .safetensors, or .pt, .pth, .bin, .ckpt without code in it: our names, or MDLM's (mdlm_weights.py)
 """
 
-import json
 import logging
 import pickle
 import re
@@ -23,6 +22,7 @@ from vmd_scale.adapters import merged
 from vmd_scale.checkpoints import RUN_STATE, find_checkpoint, is_of_run, load_weights
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
+from vmd_scale.files import read_json
 from vmd_scale.mdlm_weights import from_mdlm, is_mdlm
 from vmd_scale.model import Architecture
 
@@ -63,7 +63,7 @@ def read_weights(source: str, architecture: Architecture, device: torch.device) 
 
 
 def settled(source: str) -> str:
-    """Which checkpoint that is now, where `source` is a run: it may go on, and ranks must not each find another one.
+    """Which checkpoint that is now, where `source` is a run: it may continue, and ranks must not each find another one.
 
     Raises:
         UserError: the run has none.
@@ -73,7 +73,7 @@ def settled(source: str) -> str:
 
 
 def _of_checkpoint(checkpoint: Path, device: torch.device) -> tuple[dict[str, Tensor], str]:
-    state = _json(checkpoint / RUN_STATE)
+    state = read_json(checkpoint / RUN_STATE, dict[str, Any])
     config = parse_config(state["config"], origin=str(checkpoint / RUN_STATE))
     kind = "ema" if config.training.ema_decay else "raw"
     weights = load_weights(checkpoint, kind, shapes_only=device.type == "meta")
@@ -81,8 +81,8 @@ def _of_checkpoint(checkpoint: Path, device: torch.device) -> tuple[dict[str, Te
 
 
 def _fingerprint(path: Path) -> str | None:
-    """Of an exported folder's config.json; other people's know none."""
-    config = _json(path) if path.is_file() else None
+    """The tokenizer's, from an exported folder's config.json; other people's have none."""
+    config = read_json(path, object) if path.is_file() else None
     ours = config.get("vmd_scale") if isinstance(config, dict) else None
     found = ours.get("tokenizer_fingerprint") if isinstance(ours, dict) else None
     return found if isinstance(found, str) else None
@@ -108,8 +108,7 @@ def _of_folder(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """In which file each tensor is."""
-    found = _json(index)
-    placed = found.get("weight_map") if isinstance(found, dict) else None
+    placed = read_json(index, dict[str, Any]).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
         raise UserError(f"training.init_from {index}: expected a weight_map, names of tensors and of files")
     return placed
@@ -142,7 +141,7 @@ def _shapes_of(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """In our words: PyTorch's advise to run what code a file holds."""
+    """In our own words: PyTorch's message advises to load with code execution enabled."""
     if isinstance(error, OSError):
         return error.strerror or "it cannot be opened"
     if isinstance(error, SafetensorError):
@@ -151,10 +150,3 @@ def _reason(error: Exception) -> str:
     if code is not None:
         return f"it holds {code[1]}, which is no tensor"
     return "damaged, or not written by torch.save"
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"training.init_from: {path}: not a readable JSON file: {error}") from None

@@ -1,7 +1,7 @@
 #!/bin/bash
 # One node's DeepSpeed launcher, started by srun: deepspeed_node.sh HOSTFILE ARGUMENTS-OF-PRETRAIN...
 #
-# SIGUSR1 would kill the launcher and orphan its ranks: it is made deaf to it, and ranks get it from here. Slurm signals
+# SIGUSR1 would kill the launcher and orphan its ranks: it is made to ignore it, ranks get it from here. Slurm signals
 # either this shell alone (proctrack/cgroup) or all that descends from it (proctrack/linuxproc); both are fine.
 hostfile=$1
 shift

@@ -8,7 +8,7 @@
     ... --sbatch=--array=0-2 --output runs/seed%a --set training.seed=%a      three runs; %a is the element's number
 
 A job that is stopped before its time limit, or that loses a node, requeues itself until the run is finished. With
---chain nothing is requeued: the next job of the chain goes on where the last one was stopped, and those that find the
+--chain nothing is requeued: the next job of the chain continues where the last one was stopped, and those that find the
 run finished end at once. Bad input: one line and exit code 2, before anything is in the queue.
 """
 

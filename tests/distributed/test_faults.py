@@ -26,17 +26,6 @@ from vmd_scale.training.lock import RunLock
 LAST = 12
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("faults")
-
-
-@pytest.fixture(scope="module")
-def whole(lab, runs) -> Path:
-    assert launch(lab, runs / "whole", "nothing") == [0]
-    return runs / "whole"
-
-
 def launch(lab, folder: Path, fault: str, *settings: str, ranks: int = 1) -> list[int]:
     """Exit codes of a pretrain.py in which `fault` happens."""
     return run_in_processes(pretrain_with, ranks, lab.pretrain_arguments(folder, *settings), fault)
@@ -80,15 +69,15 @@ def spike(*bad: int):
     """These batches are ones that the loss does not survive; the detector sees at least 16 steps before them."""
 
     def make() -> None:
-        from vmd_scale.training import loop
+        from vmd_scale.training import meter
 
-        metrics = loop.Trainer._metrics
+        measured = meter.Meter.record
 
-        def risen(self, done, losses):
-            record = metrics(self, done, losses)
-            return record | {"loss": 100.0} if done - 1 + self.skipped_batches in bad else record
+        def risen(self, done, losses, progress, gradient_norm):
+            record = measured(self, done, losses, progress, gradient_norm)
+            return record | {"loss": 100.0} if done - 1 + progress.skipped_batches in bad else record
 
-        loop.Trainer._metrics = risen
+        meter.Meter.record = risen
 
     return make
 
@@ -183,7 +172,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_a_step_without_a_finite_gradient_is_left_out_and_its_rows_are_named(lab, runs, whole, stage, precision):
+def test_a_step_without_a_finite_gradient_is_left_out_and_its_rows_are_named(lab, runs, one_rank, stage, precision):
     folder = runs / f"bad-{stage}"
     settings = (f"deepspeed.zero_optimization.stage={stage}", f"training.precision={precision}")
     codes = launch(lab, folder, "two bad batches", *settings, ranks=2)
@@ -195,7 +184,7 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_its_rows_are_named(lab
     assert all(math.isfinite(record["loss"]) for record in records[4:])
     assert "step 3 skipped: its gradient is not finite; rows of the batch: [" in (folder / "log.txt").read_text()
     rounding = 1e-5 if precision == "fp32" else 2e-2
-    assert lab.losses(folder)[:2] == pytest.approx(lab.losses(whole)[:2], rel=rounding)
+    assert lab.losses(folder)[:2] == pytest.approx(lab.losses(one_rank)[:2], rel=rounding)
     state = json.loads((find_checkpoint(folder) / "run_state.json").read_text())
     assert state["ema_updates"] == state["optimizer_updates"] == LAST - 2
     for kind in ("raw", "ema"):
@@ -275,7 +264,7 @@ def test_a_spike_is_only_said_when_nothing_else_is_asked(lab, runs):
     assert not events(folder, "rolled back")
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs, whole):
+def test_a_full_disk_costs_a_checkpoint_not_the_run(lab, runs):
     folder = runs / "full"
     assert launch(lab, folder, "full disk", ranks=2) == [0, 0]
     assert [path.name for path in whole_checkpoints(folder / "checkpoints")] == ["step-00000004", "step-00000012"]
@@ -303,19 +292,19 @@ def test_a_checkpoint_that_rank_0_cannot_see_whole_is_not_published(lab, runs):
     assert f"CHECKPOINT OF STEP 4 NOT WRITTEN ({missing}): training goes on; there is none" in text
 
 
-def test_a_folder_in_use_is_refused(lab, runs, whole):
-    lock = RunLock(whole)
+def test_a_folder_in_use_is_refused(lab, runs, one_rank):
+    lock = RunLock(one_rank)
     lock.acquire()
     try:
-        (finished,) = lab.pretrain(whole, "training.steps=20", ranks=1, expect=2)
+        (finished,) = lab.pretrain(one_rank, "training.steps=20", ranks=1, expect=2)
     finally:
         lock.release()
     (line,) = finished.errors
     assert f"is in use by process {os.getpid()} on" in line
-    assert line.endswith(f"(If that node is dead, delete {whole / '.lock'})")
+    assert line.endswith(f"(If that node is dead, delete {one_rank / '.lock'})")
 
 
-def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_it(lab, runs, whole):
+def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_it(lab, runs, one_rank):
     """Stopped in the middle of the evaluations of step 6 and of the last step: each is made once, as a whole.
 
     One rank scores 9 rows at 2 T in 6 batches. The last start scores them in 6 seconds, which is no hang, though
@@ -337,5 +326,5 @@ def test_a_stop_is_obeyed_within_an_evaluation_and_the_next_start_makes_up_for_i
         assert status["reason"] == ("signal" if code else "")
     assert find_checkpoint(folder).name == "step-00000012"
     assert (folder / "checkpoints" / "best").read_text().strip() in ("step-00000006", "step-00000012")
-    assert lab.losses(folder) == pytest.approx(lab.losses(whole), rel=1e-5)
+    assert lab.losses(folder) == pytest.approx(lab.losses(one_rank), rel=1e-5)
     assert not json.loads((find_checkpoint(folder) / "run_state.json").read_text())["owes_evaluation"]

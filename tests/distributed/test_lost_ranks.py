@@ -17,11 +17,6 @@ from vmd_scale.checkpoints import find_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("lost")
-
-
 def wait_for_step(folder: Path, step: int) -> None:
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 90
     while not metrics.exists() or metrics.read_text().count("\n") < step:

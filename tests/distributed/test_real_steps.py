@@ -51,7 +51,7 @@ def waits(folder):
     with Watch() as watch:
         step()
     with Watch() as seen:
-        int(step.trainer.tokens)
+        int(step.trainer.progress.tokens)
     return dict(watch.waiting), dict(seen.waiting), synchronized
 
 

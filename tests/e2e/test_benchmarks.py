@@ -52,7 +52,7 @@ def test_gpu_check_runs_every_test_that_needs_a_gpu():
 
 
 def test_gpu_check_trains_and_resumes(tmp_path):
-    file, trainers = tmp_path / "check.json", ("trainer 110M", "trainer 110M, Muon", "trainer 1B")
+    file, trainers = tmp_path / "check.json", ("trainer 110M", "trainer 110M, Muon", "configs/ladder/110m.json")
     said = run("benchmarks/gpu_check.py", "--cpu", "--output", file, "--only", *trainers, "resume")
     found = json.loads(file.read_text())
     for name in trainers:
@@ -148,6 +148,64 @@ def test_a_case_has_enough_rounds_and_no_more_than_its_time(monkeypatch):
     times = {"a": [2.0, 1.0, 1.0, 1.0, 8.0], "b": [1.0] * 5}
     assert comparing.quartiles(times, "a", "b") == (1, 2)
     assert comparing.quartiles({"a": [3.0], "b": [1.0]}, "a", "b") == (3, 3)
+
+
+def test_kernels_are_told_apart_by_what_they_are_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from kernel_times import kind_of
+
+    assert {name: kind_of(name) for name in NAMES_OF_KERNELS} == NAMES_OF_KERNELS
+
+
+NAMES_OF_KERNELS = {
+    "triton_red_fused__to_copy_amax_exp_gather_sub_sum_0": "compiled element-wise",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x64x128": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_bprop": "attention",
+    "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT": "matrix products",
+    "void at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, int>": "embedding and gather",
+    "void at::native::multi_tensor_apply_kernel<...FusedAdamMathFunctor...>": "optimizer",
+    "Memcpy DtoD (Device -> Device)": "copies",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::sigmoid>": "other element-wise",
+}
+
+
+def test_a_peers_attention_is_ours_where_flash_attn_is_missing(monkeypatch):
+    """The stand-in for flash-attn, as MDLM calls it, against attention by its formula."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import peers
+    import torch
+
+    from vmd_scale.model.attention import apply_rotary, attention, rotary_table
+
+    for name in ("flash_attn", "flash_attn.layers", "flash_attn.layers.rotary", "flash_attn.flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    before = set(sys.modules)
+    peers.stand_in_for_flash_attn()
+    try:
+        flash = importlib.import_module("flash_attn")
+        rows, length, heads, width = 3, 8, 2, 4
+        qkv = torch.randn(rows, length, 3, heads, width, generator=torch.Generator().manual_seed(0))
+        cos, sin = rotary_table(torch.arange(length), width)
+        turned = flash.layers.rotary.apply_rotary_emb_qkv_(qkv.clone(), cos[:, 0], sin[:, 0])
+        q, k = (apply_rotary(x, (cos, sin)) for x in qkv.unbind(2)[:2])
+        torch.testing.assert_close(turned, torch.stack((q, k, qkv[:, :, 2]), 2))
+        ends = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+        kernel = flash.flash_attn_interface.flash_attn_varlen_qkvpacked_func
+        found = kernel(turned.flatten(0, 1), ends, length, 0.0, causal=False).unflatten(0, (rows, length))
+        torch.testing.assert_close(found, attention(q, k, qkv[:, :, 2], None, "reference"))
+    finally:
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+
+
+def test_peers_are_named_by_their_clones(tmp_path):
+    """One that is none ends it at once; without any, ours alone are measured."""
+    run("benchmarks/peers.py", "--mdlm", tmp_path, expected=2)
+    tiny = ("--layers", 1, "--width", 32, "--heads", 2, "--length", 32, "--rows", 2, "--vocab", 50, "--draw", 1)
+    file = tmp_path / "peers.json"
+    run("benchmarks/peers.py", *tiny, "--rounds", 1, "--steps", 2, "--no-compile", "--json", file)
+    found = json.loads(file.read_text())
+    assert set(found["training step"]) == set(found["sampling"]) == {"our VMD", "our MDM"}
 
 
 SOLUTION = "864371259325849761971265843436192587198657432257483916689734125713528694542916378"

@@ -43,6 +43,9 @@ FAST = {  # so that it takes seconds; what is added to a command
 ELSEWHERE = {  # beginnings of commands that are not run here, and why; those of our programs must be understood
     "make quickstart": "the fixture below does what it does",
     "pip install": "a package registry",
+    "make lint": "the test command does it",
+    "python -m pytest": "the tests themselves",
+    "OMP_NUM_THREADS=1 python -m pytest": "the tests themselves",
     "python -m vmd_scale.config_reference": "it would overwrite the page; tests/unit/test_docs.py compares",
     "python launchers/prepare_data.py --config CONFIG.json --set data.workers=16": "16 processes",
     "python launchers/prepare_data.py --config configs/": "corpora that are to be downloaded",

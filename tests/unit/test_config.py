@@ -147,12 +147,12 @@ def test_what_is_published_names_no_place_on_this_machine_and_is_a_configuration
     private = {"source": "/home/me/a", "shards": "/home/me/b"}
     data = {**MINIMAL["data"], **private, "tokenizer": "/home/me/tok", "cache": "/home/me/c"}
     other = {"corpus": "text", "source": {"train": "/home/me/d"}, "shards": "/home/me/e"}
-    hub = {"corpus": "text", "source": "hf:some/name", "shards": "s3://home/me/f"}
+    hub = {"corpus": "text", "source": "hf:some/name@v1.0:raw", "shards": "s3://home/me/f"}
     training = {**MINIMAL["training"], "init_from": "/home/me/g", "trainable": ["*"]}
     config = parse_config({"data": {**data, "mixture": [other, hub]}, "training": training}, "private")
     published = config.publishable()
     assert "home/me" not in json.dumps(published)
-    assert published["data"]["mixture"][1]["source"] == "hf:some/name"
+    assert published["data"]["mixture"][1]["source"] == "hf:some/name@v1.0:raw"
     assert published["training"]["trainable"] == ["*"]
     for given, shown in (("of/hub-7b.1", "of/hub-7b.1"), ("gpt2:/home/me", "gpt2"), ("runs/mine.model", "mine.model")):
         other = parse_config({"data": {**data, "tokenizer": given}, "training": MINIMAL["training"]}, "private")

@@ -84,7 +84,7 @@ def test_a_flash_attention_without_a_deterministic_gradient_is_not_taken(determi
     attention.flash_kernels(32)
     with any_order():
         attention.flash_kernels(32)
-    assert asked == [(32, True), (32, False)]
+    assert asked == [(32, True, True), (32, False, True)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

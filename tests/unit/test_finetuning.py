@@ -9,12 +9,13 @@ import torch
 from vmd_scale.build import build_model
 from vmd_scale.checkpoints import TrainedModel, load_trained, load_weights
 from vmd_scale.config_file import load_config, parse_config
+from vmd_scale.data.loader import accumulation_steps
 from vmd_scale.errors import UserError
 from vmd_scale.export.folder import export
 from vmd_scale.finetuning import finetuning_config
 from vmd_scale.initial_weights import initialize_from
 from vmd_scale.tokenization import load_tokenizer
-from vmd_scale.training.engine import accumulation_steps, deepspeed_config
+from vmd_scale.training.engine import deepspeed_config
 from vmd_scale.weight_sources import settled
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -111,7 +112,7 @@ def test_the_micro_batch_fits_the_number_of_ranks(tmp_path, ranks, overrides, mi
     old = config_of(training={"micro_batch": 64, "global_batch": 64})
     tuned = tune("w.pt", tmp_path, *overrides, base=old, ranks=ranks)
     assert tuned.training.micro_batch == micro_batch
-    assert accumulation_steps(tuned, ranks) >= 1
+    assert accumulation_steps(tuned.training.global_batch, tuned.training.micro_batch, ranks) >= 1
 
 
 def test_best_and_latest_of_a_run_are_weights_too(tmp_path):

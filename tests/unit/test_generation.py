@@ -27,7 +27,7 @@ from vmd_scale.evaluation.generation import (
     unigram_entropies,
 )
 from vmd_scale.evaluation.judges import HuggingFaceJudge, NGramJudge, Sample, load_judge, parse_judge
-from vmd_scale.evaluation.perplexity import Ranks
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import SubwordTokenizer, load_tokenizer
 
@@ -159,7 +159,7 @@ def test_ranks_that_get_no_sample(lab, causal_model, monkeypatch: pytest.MonkeyP
     """Four ranks, here threads, draw and judge two samples, and all find what one rank finds."""
     size, meeting, shares = 4, threading.Barrier(4, timeout=20), [None] * 4
 
-    def gathered(mine: object, ranks: Ranks) -> list:
+    def gathered(ranks: Ranks, mine: object) -> list:
         if ranks.size == 1:
             return [mine]
         shares[ranks.rank] = mine
@@ -168,7 +168,7 @@ def test_ranks_that_get_no_sample(lab, causal_model, monkeypatch: pytest.MonkeyP
         meeting.wait()
         return found
 
-    monkeypatch.setattr(generation, "_gathered", gathered)
+    monkeypatch.setattr(Ranks, "gathered", gathered)
     monkeypatch.setattr(generation, "mauve_score", lambda reference, features: float((reference * features).sum()))
     tokenizer, config = load_tokenizer("text8"), load_config(lab.config)
     model = VMD(build_architecture(config, tokenizer.vocab_size)).eval()

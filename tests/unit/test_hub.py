@@ -21,18 +21,22 @@ class Hub:
 
         self.splits, self.counted = splits, True
         self.trouble: list[tuple[int, Exception]] = []
-        self.asked: list[tuple] = []
+        self.asked: list[tuple] = []  # name and, where there is one, configuration
+        self.revisions: list[tuple[str, str | None]] = []  # by the function that was asked for it
         monkeypatch.setattr(datasets, "get_dataset_split_names", self.split_names)
         monkeypatch.setattr(datasets, "load_dataset_builder", self.builder)
         monkeypatch.setattr(datasets, "load_dataset", self.stream)
         monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
 
-    def split_names(self, *name):
+    def split_names(self, *name, revision=None):
         self.asked.append(name)
+        self._find("split_names", revision)
         self._fail(-1)
         return list(self.splits)
 
-    def builder(self, *name):
+    def builder(self, *name, revision=None):
+        self._find("builder", revision)
+
         class Split:
             def __init__(self, texts):
                 self.num_examples = len(texts)
@@ -43,11 +47,19 @@ class Hub:
 
         return Builder
 
-    def stream(self, *name, split, streaming):
+    def stream(self, *name, split, streaming, revision=None):
         assert streaming
+        self._find("stream", revision)
         for number, text in enumerate(self.splits[split]):
             self._fail(number)
             yield {"text": text, "id": number}
+
+    def _find(self, function, revision):
+        from datasets.exceptions import DatasetNotFoundError
+
+        self.revisions.append((function, revision))
+        if revision not in (None, "v1.0"):
+            raise DatasetNotFoundError(f"Revision '{revision}' doesn't exist for dataset 'someone/corpus' on the Hub.")
 
     def _fail(self, number):
         if self.trouble and self.trouble[0][0] == number:
@@ -98,6 +110,27 @@ def test_lm1b_of_the_hub_has_its_own_splits_and_the_corpus_clean_up(monkeypatch:
     assert texts(config, "test") == ["held out, he didn't."]
     assert set(texts(config, "train")) == {"it's train, yes."}
     assert hub.asked[0] == ("someone/lm1b", "plain")
+
+
+def test_a_revision_is_the_one_that_is_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, train=numbered(25))
+    for source, revision in (("hf:someone/corpus@v1.0:plain", "v1.0"), ("hf:someone/corpus:plain", None)):
+        hub.asked, hub.revisions = [], []
+        config = data("openwebtext", source=source, validation_documents=10)
+        assert available_splits(config) == ("train", "validation")
+        assert texts(config, "validation") == numbered(25)[15:]
+        assert set(hub.asked) == {("someone/corpus", "plain")}
+        assert set(hub.revisions) == {(function, revision) for function in ("split_names", "builder", "stream")}
+    with pytest.raises(UserError, match=r"'hf:someone/corpus@v2': Revision 'v2' doesn't exist .*; or download it"):
+        texts(data("text", source="hf:someone/corpus@v2"), "train")
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf:@v1.0", "hf:someone/corpus@", "hf:someone/corpus@:plain", "hf:a/b:"])
+def test_a_name_of_the_hub_with_an_empty_part_is_refused(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, train=numbered(25))
+    with pytest.raises(UserError, match=f"data.source '{source}': expected hf:NAME, hf:NAME@REVISION"):
+        texts(data("text", source=source), "train")
+    assert not hub.asked
 
 
 def test_a_broken_stream_is_read_on_where_it_broke(

@@ -13,7 +13,7 @@ from vmd_scale.config import DataConfig
 from vmd_scale.data import encode
 from vmd_scale.data.corpora import text8
 from vmd_scale.data.normalize import to_text8_alphabet
-from vmd_scale.data.packing import Rows
+from vmd_scale.data.packing import PackedRows
 from vmd_scale.data.prepare import prepare
 from vmd_scale.data.shards import ShardReader, verify_folder
 from vmd_scale.data.split import SplitPreparation
@@ -88,7 +88,7 @@ def killed_after(shards: int, config: DataConfig) -> None:
     """A preparation that ends abruptly when it has so many times written down where it is."""
     save, saved = SplitPreparation._save, []
 
-    def save_and_die(self: SplitPreparation, last: Rows) -> None:
+    def save_and_die(self: SplitPreparation, last: PackedRows) -> None:
         save(self, last)
         saved.append(last)
         if len(saved) == shards:
@@ -119,8 +119,10 @@ def test_whatever_is_packed_is_taken_up_again(how: dict, tmp_path: Path, monkeyp
     for shards in (1, 2, 2):
         killed_after(shards, killed)
     encoded = []
-    original = encode.Encoder.encode
-    monkeypatch.setattr(encode.Encoder, "encode", lambda self, chunk: encoded.extend(chunk) or original(self, chunk))
+    original = encode.DocumentEncoder.encode
+    monkeypatch.setattr(
+        encode.DocumentEncoder, "encode", lambda self, chunk: encoded.extend(chunk) or original(self, chunk)
+    )
     assert prepare(killed, progress=False) == manifest
     assert files(tmp_path / "shards") == files(tmp_path / "whole")
     again = sum(record.documents + record.skipped_documents for record in manifest.splits.values())

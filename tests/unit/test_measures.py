@@ -22,7 +22,7 @@ from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.report.figures import STYLE
 from vmd_scale.reproduction import figures, measures
-from vmd_scale.reproduction.task import Model, Row, Sizes
+from vmd_scale.reproduction.task import MeasuredModel, Row, Sizes
 
 CELLS = 81
 
@@ -59,7 +59,7 @@ def trained(model, data=None, variant="", other_data=None, objective="nelbo", pa
         diffusion=SimpleNamespace(objective=objective, paths=paths),
         training=SimpleNamespace(micro_batch=16),
     )
-    return Model(TrainedModel(model, config, None, 7, "ema", None), variant, Sizes(**sizes), other_data or {})
+    return MeasuredModel(TrainedModel(model, config, None, 7, "ema", None), variant, Sizes(**sizes), other_data or {})
 
 
 def one(found, **wanted):

@@ -94,7 +94,7 @@ def test_labels_that_are_the_same_tokens_are_refused(tmp_path, labels, data):
         ("labels", [{"prompt": "a", "response": "x"}], {}, r'line 1: expected an object with strings "prompt" and "la'),
         ("prompts", [{"prompt": "a", "response": "x"}, "{"], {}, "line 2: not JSON"),
         ("prompts", [{"prompt": "a", "response": ""}], {}, "line 1: expected an object"),
-        ("prompts", [{"prompt": "a", "response": "x"}], {"packing": "wrap"}, r"needs data\.packing='pad'"),
+        ("prompts", [{"prompt": "a", "response": "x"}], {"packing": "wrap"}, "have prompts: only 'pad'"),
     ],
 )
 def test_bad_records_are_named(tmp_path, corpus, records, data, message):

@@ -9,11 +9,12 @@ import torch
 from vmd_scale.build import build_architecture
 from vmd_scale.config_file import load_config
 from vmd_scale.data.corpora import normalizer_name
+from vmd_scale.data.loader import accumulation_steps
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import PROTOCOLS
 from vmd_scale.model import VMD
 from vmd_scale.planning.memory import memory_of
-from vmd_scale.training.engine import accumulation_steps, check_deepspeed_keys, deepspeed_config
+from vmd_scale.training.engine import check_deepspeed_keys, deepspeed_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.json") if path.name != "small.json")  # which has no data
@@ -50,7 +51,7 @@ def test_the_ladder_has_the_sizes_of_its_names(name):
         p.numel() for n, p in model.named_parameters() if not n.endswith(("embedding.weight", "denoiser.head.weight"))
     )
     assert ours == pytest.approx(wanted, rel=0.06)
-    assert accumulation_steps(config, ranks) >= 1
+    assert accumulation_steps(config.training.global_batch, config.training.micro_batch, ranks) >= 1
     stages = {"110m": 1, "350m": 1, "1b": 1, "3b": 1, "8b": 3}
     assert config.zero_stage == stages[name]
 
@@ -74,7 +75,7 @@ def test_baselines_differ_from_each_other_in_the_method_alone(data):
 def test_a_batch_that_does_not_fit_the_ranks_names_a_way_out(ranks, way_out):
     config = load_config(CONFIGS / "lm1b.json")
     with pytest.raises(UserError, match=rf"training\.global_batch \(512\) .* = {64 * ranks}; {way_out}"):
-        accumulation_steps(config, ranks)
+        accumulation_steps(config.training.global_batch, config.training.micro_batch, ranks)
 
 
 def test_runs_on_text_show_what_they_write():

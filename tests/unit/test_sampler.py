@@ -178,7 +178,7 @@ def test_compiled_blocks_draw_the_same_rows():
     torch._dynamo.utils.counters.clear()
     for n, rows in zip(numbers, drawn, strict=True):
         assert torch.equal(sample(model, sampler, Noise(10), n, *(x[n] for x in given)), rows)
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12  # of a block, and of the last norm
 
 
 def test_steps_in_which_nothing_changes_cost_no_forward():

@@ -5,8 +5,9 @@ import pytest
 
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation import perplexity
-from vmd_scale.evaluation.perplexity import PILOT, Ranks, Request, mean_and_error
+from vmd_scale.evaluation.perplexity import PILOT, Request, mean_and_error
 from vmd_scale.evaluation.protocols import get_protocol
+from vmd_scale.evaluation.ranks import Ranks
 
 ROWS, LENGTH = 4000, 8
 

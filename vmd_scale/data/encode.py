@@ -22,7 +22,7 @@ CHUNKS_AHEAD = 4  # for each worker: what may be read but not yet written
 
 @dataclass
 class TextCounts:
-    """What went in, empty documents apart; characters and bytes of the normalised text.
+    """What went in, empty documents apart; characters and bytes of the normalized text.
 
     `lengths` counts the documents of 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ... `read` is how many documents, or
     pieces of them, the corpus has handed out, empty ones too, and `read_characters` what they were made of: where the
@@ -42,9 +42,9 @@ class TextCounts:
         for document in documents:
             self.begun_length += len(document.tokens)
             if document.last:
-                at = max(0, self.begun_length.bit_length() - 1)
-                self.lengths.extend([0] * (at + 1 - len(self.lengths)))
-                self.lengths[at] += 1
+                power = max(0, self.begun_length.bit_length() - 1)
+                self.lengths.extend([0] * (power + 1 - len(self.lengths)))
+                self.lengths[power] += 1
                 self.begun_length = 0
 
     def add(self, other: "TextCounts") -> None:
@@ -56,8 +56,8 @@ class SourceChanged(Exception):
     """The corpus does not begin with what was read of it before."""
 
 
-class Encoder:
-    """Normalises and tokenizes; the same object works here and, pickled, in another process."""
+class DocumentEncoder:
+    """Normalizes and tokenizes; the same object works here and, pickled, in another process."""
 
     def __init__(self, tokenizer: Tokenizer, normalizer: str) -> None:
         self.tokenizer = tokenizer
@@ -121,7 +121,7 @@ def encoded_documents(
         RunFailed: a worker process was killed.
         SourceChanged: what `counts` has read is not what is there.
     """
-    encoder = Encoder(tokenizer, normalizer_name(config))
+    encoder = DocumentEncoder(tokenizer, normalizer_name(config))
     documents = raw_documents(config, split)
     _pass_over(documents, counts)
     chunks = _chunks(documents)
@@ -158,7 +158,7 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _in_processes(
-    encoder: Encoder, chunks: Iterator[list[Document]], workers: int
+    encoder: DocumentEncoder, chunks: Iterator[list[Document]], workers: int
 ) -> Iterator[tuple[list[EncodedDocument], TextCounts]]:
     try:
         yield from map_in_processes(encoder.encode, chunks, workers, CHUNKS_AHEAD)

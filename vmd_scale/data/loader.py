@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vmd_scale.errors import UserError
+from vmd_scale.planning.workload import fitting_micro_batch
 
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class TrainLoader(Generic[T]):
         wait_seconds: how long the consumer has waited for data in all.
 
     Raises:
-        UserError: the global batch does not divide into equally many micro-batches for every rank.
+        UserError: see `accumulation_steps`.
     """
 
     def __init__(
@@ -76,11 +77,7 @@ class TrainLoader(Generic[T]):
         world_size: int,
         transform: Callable[[int, Batch], T],
     ) -> None:
-        if global_batch % (micro_batch * world_size):
-            raise UserError(
-                f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch ({micro_batch}) "
-                f"x the number of ranks ({world_size}) = {micro_batch * world_size}"
-            )
+        accumulation_steps(global_batch, micro_batch, world_size)
         self._reader = reader
         self._order = order
         self._global_batch = global_batch
@@ -127,13 +124,30 @@ class TrainLoader(Generic[T]):
                 if not _put(ready, batches, stop):
                     return
             _put(ready, None, stop)
-        except BaseException as error:  # whatever it is, the consumer must hear of it instead of waiting for ever
+        except BaseException as error:  # whatever it is, the consumer must hear of it instead of waiting forever
             _put(ready, error, stop)
 
     def _micro(self, step: int, micro: int) -> Batch:
         positions = np.arange(micro * self._micro_batch, (micro + 1) * self._micro_batch, dtype=np.int64)
         rows = self._order.row_numbers(step * self._global_batch + positions)
         return _batch(self._reader, rows, positions)
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
+    """Micro-batches that one rank computes in a step.
+
+    Raises:
+        UserError: the global batch does not divide evenly; names what would.
+    """
+    per_pass = micro_batch * ranks
+    if global_batch % per_pass:
+        fitting = fitting_micro_batch(micro_batch, global_batch, ranks)
+        way_out = f"training.micro_batch={fitting} fits" if fitting else "take a number of ranks that divides it"
+        raise UserError(
+            f"training.global_batch ({global_batch}) must be a multiple of training.micro_batch ({micro_batch}) x the "
+            f"number of ranks ({ranks}) = {per_pass}; {way_out}"
+        )
+    return global_batch // per_pass
 
 
 def evaluation_batches(reader: RowReader, rows: np.ndarray, micro_batch: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """``manifest.json``: what a folder of shards holds, how it was made, and whether it fits a configuration."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +49,8 @@ class SplitRecord(Record):
     document_lengths: tuple[int, ...] = Field(
         default=(), description="how many documents have 2^i .. 2^(i+1) - 1 tokens, for i = 0, 1, ..."
     )
-    characters: int = Field(ge=0, description="of the normalised text that went in")
-    utf8_bytes: int = Field(ge=0, description="of the normalised text that went in")
+    characters: int = Field(ge=0, description="of the normalized text that went in")
+    utf8_bytes: int = Field(ge=0, description="of the normalized text that went in")
     unigram_entropy: float = Field(ge=0, description="nats per counted token: what a model without context can reach")
     shards: tuple[Shard, ...]
 
@@ -95,7 +96,7 @@ class Manifest(Record):
         return {**counts, "unigram_entropy": round(record.unigram_entropy, 9)}  # its last bits are the machine's
 
     def attended_positions(self, split: str) -> float:
-        """To how many positions one attends, where attention stays inside documents (packing document), at least.
+        """The least number of positions that one attends to, where attention stays in documents (packing document).
 
         The mean over all positions, padding apart. Squared lengths of documents add up to the least where all are
         equally long, which is all that is known of them.
@@ -147,16 +148,26 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def manifests_of(data: DataConfig) -> list[Manifest]:
-    """Of each corpus. Raises as `read_manifest`."""
+    """The manifest of each corpus. Raises what `read_manifest` does."""
     return [read_manifest(each.shards) for each in data.corpora()]
 
 
 def contents_of(manifests: Sequence[Manifest]) -> list[dict[str, dict[str, float]]]:
-    """Of each corpus, by split, what a run is made of: all are trained on, the first is validated on as well."""
+    """What a run is made of, by corpus and split: all are trained on, the first is validated on as well."""
     found = [{"train": manifest.content("train")} for manifest in manifests]
     if "validation" in manifests[0].splits:
         found[0]["validation"] = manifests[0].content("validation")
     return found
+
+
+def unigram_bits_per_token(contents: Sequence[dict[str, dict[str, float]]]) -> float:
+    """What a model without context could reach, on the split that bounds are computed on where there is one.
+
+    Args:
+        contents: see `contents_of`.
+    """
+    splits = contents[0]
+    return splits.get("validation", splits["train"])["unigram_entropy"] / math.log(2)
 
 
 def parse_manifest(raw: bytes, path: Path | str) -> Manifest:

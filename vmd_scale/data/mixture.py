@@ -1,7 +1,7 @@
 """Weighted mixtures of corpora: one order and one reader over the rows of all of them.
 
 Which corpus a position of the order belongs to is decided by a fixed pattern of at most `PERIOD` positions, repeated
-for ever; within a corpus its rows come in the `SampleOrder` of their own. So the order stays a pure function of the
+forever; within a corpus its rows come in the `SampleOrder` of their own. So the order stays a pure function of the
 position, corpora of different sizes go through their epochs independently, and the cursor of a run is one integer.
 """
 
@@ -69,7 +69,7 @@ class MixtureReader:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the first corpus: what the model must know of the rows is the same for all."""
+        """That of the first corpus: what the model must know of the rows is the same for all."""
         return self._readers[0].manifest
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -110,7 +110,7 @@ def training_rows(
 
 
 def attended_positions(data: DataConfig, manifests: Sequence[Manifest]) -> float | None:
-    """To how many positions one attends in training, at least; None: to all of a row. See `Manifest`."""
+    """The least number of positions that one attends to in training; None: all of a row. See `Manifest`."""
     if data.packing != "document":
         return None
     of_corpora = [manifest.attended_positions("train") for manifest in manifests]

@@ -28,7 +28,7 @@ def to_text8_alphabet(text: str) -> str:
 
 
 def detokenize_lm1b(text: str) -> str:
-    """Undo the tokenised punctuation and contractions of the One Billion Word benchmark.
+    """Undo the tokenized punctuation and contractions of the One Billion Word benchmark.
 
     Quotes open and close in turn. One without a partner closes when it ends the sentence or follows punctuation other
     than a colon, and opens otherwise; an apostrophe after an s is the possessive of a plural.

@@ -42,7 +42,7 @@ class EncodedDocument:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Some packed rows: ids [n, L], and `Role` numbers uint8 [n, L] where some position is not ordinary."""
 
     tokens: np.ndarray
@@ -73,6 +73,15 @@ def check_packing(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise UserError(f"data.row_length must be at least 3 with data.row_specials, found {config.row_length}")
 
 
+def check_prompts(config: DataConfig) -> None:
+    """`UserError` when documents of prompt and response cannot be packed with this configuration."""
+    if config.packing != "pad" or config.row_specials:
+        raise UserError(
+            f"data.packing {config.packing!r} and data.row_specials {str(config.row_specials).lower()} found, but "
+            f"the documents of corpus {config.corpus!r} have prompts: only 'pad' and false are allowed"
+        )
+
+
 class Packer(ABC):
     """Documents are added, rows are taken: those that are full at any time, the others when there are no more.
 
@@ -89,7 +98,7 @@ class Packer(ABC):
         """Raises `UserError` for a document that fits into no row of this configuration."""
 
     @abstractmethod
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         """The rows that are full by now, in order; with `last` also those that no document will fill."""
 
     def held(self) -> Held:
@@ -97,7 +106,7 @@ class Packer(ABC):
         return {}
 
     def hold(self, held: Held) -> None:
-        """Go on where another packer `held` this."""
+        """Continue where another packer `held` this."""
         assert not held
 
     def surrounded(self, rows: np.ndarray) -> np.ndarray:
@@ -108,15 +117,15 @@ class Packer(ABC):
         end = np.full((len(rows), 1), self.tokenizer.end_id, dtype=rows.dtype)
         return np.concatenate([begin, rows, end], axis=1)
 
-    def padded(self, texts: list[np.ndarray]) -> Rows:
+    def padded(self, texts: list[np.ndarray]) -> PackedRows:
         """A row for each text."""
         filled = np.arange(self.config.row_length) < np.array([len(text) for text in texts])[:, None]
         tokens = np.full(filled.shape, self.tokenizer.pad_id or 0, dtype=texts[0].dtype)
         tokens[filled] = np.concatenate(texts)
-        return Rows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
+        return PackedRows(tokens, np.where(filled, np.uint8(Role.ORDINARY), np.uint8(Role.PADDING)))
 
 
-class Wrap(Packer):
+class WrapPacker(Packer):
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
         super().__init__(config, tokenizer, counts)
         self._stream = [self.nothing]
@@ -127,13 +136,13 @@ class Wrap(Packer):
         if document.last and self._end:
             self._stream.append(np.array(self._end, dtype=document.tokens.dtype))
 
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         tokens = np.concatenate(self._stream)
         whole = len(tokens) // self.room * self.room
         self._stream = [tokens[whole:]]
         if last:
             self.counts.dropped_tokens += len(tokens) - whole
-        return Rows(self.surrounded(tokens[:whole].reshape(-1, self.room))) if whole else None
+        return PackedRows(self.surrounded(tokens[:whole].reshape(-1, self.room))) if whole else None
 
     def held(self) -> Held:
         return {"stream": np.concatenate(self._stream)}
@@ -142,7 +151,7 @@ class Wrap(Packer):
         self._stream = [held["stream"]]
 
 
-class Pad(Packer):
+class PadPacker(Packer):
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
         super().__init__(config, tokenizer, counts)
         self._begun = self.nothing  # of a document whose next piece follows
@@ -156,7 +165,7 @@ class Pad(Packer):
             self._texts.append(self.surrounded(self._begun[None, : self.room])[0])
             self._begun = self.nothing
 
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         texts, self._texts = self._texts, []
         return self.padded(texts) if texts else None
 
@@ -167,7 +176,7 @@ class Pad(Packer):
         self._begun = held["begun"]
 
 
-class Documents(Packer):
+class DocumentPacker(Packer):
     """Best fit among a bounded number of open rows."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
@@ -211,7 +220,7 @@ class Documents(Packer):
         if len(self._open) > OPEN_ROWS:
             self._full.append(self._open.pop(0)[2])  # the fullest
 
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         rows, self._full = self._full, []
         if last:
             rows += [row for _, _, row in sorted(self._open, key=lambda open_row: open_row[1])]
@@ -245,11 +254,11 @@ class Documents(Packer):
 
 
 def fill_id(tokenizer: Tokenizer) -> int:
-    """What stands behind a response: its end again and again (arXiv 2502.09992, section 2.3), or padding."""
+    """What fills a row after its response: the end token (arXiv 2502.09992, section 2.3), or padding."""
     return next((i for i in (tokenizer.end_id, tokenizer.pad_id) if i is not None), 0)
 
 
-class Prompts(Packer):
+class PromptPacker(Packer):
     """Prompt (given), response and what fills it up (ordinary), padding.
 
     A prompt that is too long loses its start, of which the response is farthest; a text with a label loses its end.
@@ -280,12 +289,16 @@ class Prompts(Packer):
         roles[: len(prompt)], roles[len(prompt) : end] = Role.GIVEN, Role.ORDINARY
         self._rows.append((tokens, roles))
 
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         rows, self._rows = self._rows, []
-        return Rows(np.stack([tokens for tokens, _ in rows]), np.stack([roles for _, roles in rows])) if rows else None
+        return (
+            PackedRows(np.stack([tokens for tokens, _ in rows]), np.stack([roles for _, roles in rows]))
+            if rows
+            else None
+        )
 
 
-class Ready(Packer):
+class ReadyPacker(Packer):
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, counts: PackingCounts) -> None:
         super().__init__(config, tokenizer, counts)
         self._documents: list[EncodedDocument] = []
@@ -298,23 +311,23 @@ class Ready(Packer):
             )
         self._documents.append(document)
 
-    def take(self, last: bool = False) -> Rows | None:
+    def take(self, last: bool = False) -> PackedRows | None:
         documents, self._documents = self._documents, []
         if not documents:
             return None
         tokens = np.stack([document.tokens for document in documents])
         if documents[0].given is None:
-            return Rows(tokens)
+            return PackedRows(tokens)
         given = np.stack([document.given for document in documents if document.given is not None])
-        return Rows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))
+        return PackedRows(tokens, np.where(given, np.uint8(Role.GIVEN), np.uint8(Role.ORDINARY)))
 
 
 PACKERS: Mapping[str, Callable[[DataConfig, Tokenizer, PackingCounts], Packer]] = {
-    "wrap": Wrap,
-    "pad": Pad,
-    "document": Documents,
-    "prompts": Prompts,
-    "ready": Ready,
+    "wrap": WrapPacker,
+    "pad": PadPacker,
+    "document": DocumentPacker,
+    "prompts": PromptPacker,
+    "ready": ReadyPacker,
 }
 
 
@@ -332,10 +345,6 @@ def kind_of_packer(first: EncodedDocument, config: DataConfig) -> str:
             )
         return "ready"
     if first.given is not None:
-        if config.packing != "pad" or config.row_specials:
-            raise UserError(
-                f"data.packing {config.packing!r} and data.row_specials {str(config.row_specials).lower()} found, but "
-                f"the documents of corpus {config.corpus!r} have prompts: only 'pad' and false are allowed"
-            )
+        check_prompts(config)
         return "prompts"
     return config.packing

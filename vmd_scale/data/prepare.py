@@ -1,8 +1,8 @@
 """From a corpus to a folder of shards: documents -> ids -> rows -> files -> manifest.
 
-The manifest is written last. A preparation that was killed leaves ``manifest.partial.json`` with the splits it had
-finished, and of the split it was at the finished shards with ``SPLIT.progress``; the next one goes on from there. The
-files depend neither on that nor on data.workers.
+The manifest is written last. A preparation that was killed leaves ``manifest.partial.json`` with the splits that it had
+finished, and the finished shards of the split in progress with ``SPLIT.progress``; the next one continues from there.
+The files depend neither on that nor on data.workers.
 """
 
 import fcntl
@@ -61,7 +61,7 @@ def prepare(
     Raises:
         UserError: anything wrong with the configuration or the source; a folder that holds shards made with other
             settings; another process that is writing there.
-        RunFailed: a worker process was killed, or a source out of reach. Finished shards are kept; call again to go on.
+        RunFailed: a worker process was killed, or a source is out of reach. Finished shards are kept for the next call.
     """
     find_corpus(config)  # or an error: a name that does not exist is not merely another than that of the shards
     tokenizer = load_tokenizer(config.tokenizer)
@@ -89,7 +89,7 @@ def prepare(
             try:
                 record = _prepare_split(config, split, tokenizer, manifest, progress)
             except (UserError, RunFailed, OSError):
-                if not progress_file(folder, split).exists():  # else the next preparation goes on from there
+                if not progress_file(folder, split).exists():  # else the next preparation continues from there
                     remove_files(folder, split)
                 raise
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, split: record}})
@@ -170,7 +170,7 @@ def _lock(file: IO[str], folder: Path) -> None:
 
 
 def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest:
-    """The manifest to go on with: the finished or the partial one of the folder, or one without splits."""
+    """The manifest to continue with: the finished or the partial one of the folder, or one without splits."""
     for name in (PARTIAL, MANIFEST):
         if (folder / name).is_file():
             manifest = parse_manifest((folder / name).read_bytes(), folder / name)
@@ -201,7 +201,7 @@ def _started(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Manifest
 
 
 def _remove_all(folder: Path) -> None:
-    """Everything that a preparation writes; nothing else that may lie there."""
+    """Everything that a preparation writes; nothing else that may be there."""
     (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the rest is not taken for finished
     (folder / PARTIAL).unlink(missing_ok=True)
     for split in SPLITS:

@@ -17,14 +17,13 @@ from typing import IO
 
 import numpy as np
 
-from vmd_scale.config import DataConfig
+from vmd_scale.config import CACHE_GIB, DataConfig
 from vmd_scale.data.cache import CacheFull, ShardCache, verify_remote
 from vmd_scale.data.manifest import FileRecord, Manifest, Shard, read_manifest
 from vmd_scale.data.remote import is_remote
 from vmd_scale.errors import UserError
 from vmd_scale.files import sha256_of
 
-DEFAULT_CACHE_BYTES = 100 * 2**30
 READERS = 16  # that share a node's cache: eight processes, each with its training and its validation rows
 PATIENCE = 60.0  # seconds for those who do not hold, but read
 MAPPED_FILES = 512  # at once; the kernel limits the number of maps of a process
@@ -134,7 +133,7 @@ class ShardReader:
         folder: data.shards; a URL is read through `cache`, a path directly.
         split: train, validation or test.
         manifest: given by who has read (or received) it already; null reads it.
-        check_sizes: look at every local file's size at once. Of many ranks one is enough: each checks what it maps.
+        check_sizes: look at every local file's size at once. One of many ranks is enough: each checks what it maps.
         cache: for remote files; null is the default one.
         sharing: readers of this process that are open at the same time, but for that of the validation rows. So many
             share what one would map of the cache, and none waits for another to let go.
@@ -154,7 +153,7 @@ class ShardReader:
         sharing: int = 1,
     ) -> None:
         self.folder = folder if is_remote(folder) else Path(folder)
-        self._cache = (cache or ShardCache(None, DEFAULT_CACHE_BYTES)) if is_remote(folder) else None
+        self._cache = (cache or ShardCache(None, int(CACHE_GIB * 2**30))) if is_remote(folder) else None
         self.split = split
         self.manifest = manifest or read_manifest(folder)
         if split not in self.manifest.splits:

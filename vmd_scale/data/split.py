@@ -1,4 +1,4 @@
-"""One split on its way from documents to shards, and how a killed preparation of it goes on.
+"""One split on its way from documents to shards, and how a killed preparation of it continues.
 
 When a shard is finished, ``SPLIT.progress`` says how far the corpus was read and holds what was read but is in no
 finished shard. It is an .npz file: a record in JSON, and arrays.
@@ -17,7 +17,7 @@ import numpy as np
 from vmd_scale.config import DataConfig
 from vmd_scale.data.encode import TextCounts, unigram_entropy
 from vmd_scale.data.manifest import FileRecord, Manifest, Record, Shard, SplitRecord, check_compatible, token_dtype
-from vmd_scale.data.packing import PACKERS, EncodedDocument, Packer, PackingCounts, Rows, kind_of_packer
+from vmd_scale.data.packing import PACKERS, EncodedDocument, PackedRows, Packer, PackingCounts, kind_of_packer
 from vmd_scale.data.roles import is_counted
 from vmd_scale.data.shards import SplitWriter
 from vmd_scale.errors import UserError
@@ -46,7 +46,7 @@ def progress_file(folder: Path, split: str) -> Path:
 
 
 def remove_files(folder: Path, split: str, but: Container[str] = ()) -> None:
-    """Delete the files of a split, finished or not, but for those of these names; nothing else that may lie there."""
+    """Delete the files of a split, finished or not, but for those of these names; nothing else that may be there."""
     ours = re.compile(rf"{split}-\d{{5,}}\.(tokens|roles)(\.tmp)?|{split}\.progress|\.{split}\.progress\.\d+\.tmp")
     for path in folder.iterdir():
         if ours.fullmatch(path.name) and path.name not in but:
@@ -120,13 +120,13 @@ class SplitPreparation:
             shards=shards,
         )
 
-    def _append(self, rows: Rows) -> None:
+    def _append(self, rows: PackedRows) -> None:
         self._writer.append(rows.tokens, rows.roles)
         counted = rows.tokens if rows.roles is None else rows.tokens[is_counted(rows.roles)]
         self._frequencies += np.bincount(counted.ravel(), minlength=self._tokenizer.vocab_size)
         self.rows += len(rows.tokens)
 
-    def _save(self, last: Rows) -> None:
+    def _save(self, last: PackedRows) -> None:
         """`last`: the rows that were just appended; those that are not written yet are among them."""
         assert self._packer is not None
         begin = len(last.tokens) - self._writer.rows_in_open

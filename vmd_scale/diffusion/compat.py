@@ -46,18 +46,18 @@ def estimate_at(model: VMD, rows: Rows, counted: Tensor, t: Tensor, scale: float
     latent_noise = None
     if a.latent_width:
         latent_noise = noise.normal(Stream.LATENT, draw, rows.numbers, (a.groups, a.latent_width)).to(device)
-    on = rows.to(device)
+    device_rows = rows.to(device)
     nll, posterior = model(
-        on.clean,
+        device_rows.clean,
         rows.clean.masked_fill(masked, a.mask_id).to(device),
         masked_index(masked).to(device),
-        on.maskable,
+        device_rows.maskable,
         latent_noise,
-        on.attend,
+        device_rows.attend,
         masked_share(masked, rows.maskable, a.groups).to(device),
     )
     of_groups = (nll.double() * counted.to(device)).unflatten(1, (a.groups, -1)).sum(-1)
     nats = (of_groups / t.to(device)).sum(-1)
     if posterior is not None:
-        nats += (posterior.kl().double() * on.maskable.view(len(nll), a.groups, -1).any(-1)).sum(-1)
+        nats += (posterior.kl().double() * device_rows.maskable.view(len(nll), a.groups, -1).any(-1)).sum(-1)
     return nats.cpu()

@@ -2,8 +2,8 @@
 
     E_{T, path} E_{z_k ~ q(z | x0)} [ -log 1/K sum_k p(z_k) / q(z_k | x0) prod_path p(x0 | x before, z_k) ]
 
-A valid bound, tighter than nelbo and T K times as dear: meant for few steps. There q need not fit the true posterior,
-and z is used better.
+A valid bound, tighter than nelbo at T K times the cost: meant for few steps. With more latents, q need not fit the true
+posterior as closely, and z is used better.
 """
 
 import math
@@ -74,8 +74,8 @@ class ImportanceWeighted(Objective):
     def __call__(self, model: Module, x: TrainingInputs, annealing: float) -> Loss:
         """The annealing factor b multiplies log p(z) / q(z | x0), whose mean is minus the KL.
 
-        The encoder learns by the doubly reparameterised gradient (arXiv 1810.04152), which does not lose its signal as
-        K grows: q is constant in the weights w (normalised over K), and what reaches z is multiplied by 1 - b + b w.
+        The encoder learns by the doubly reparameterized gradient (arXiv 1810.04152), which does not lose its signal as
+        K grows: q is constant in the weights w (normalized over K), and what reaches z is multiplied by 1 - b + b w.
         """
         assert x.epsilon is not None
         assert x.owner is not None

@@ -97,27 +97,30 @@ def path_log_weight(model: VMD, rows: Rows, sampler: Sampler, noise: Noise, samp
     else:
         shape = (groups, a.row_length // groups)
         path = DrawnPath(rows.maskable, noise.uniform(Stream.PATH, sample, rows.numbers, shape), sampler)
-    on = rows.to(device)
+    device_rows = rows.to(device)
     result = torch.zeros(batch, groups, dtype=torch.float64, device=device)
     z = None
     if a.latent_width and sampler.latent == "fixed":
-        z, log_ratio = _draw(model.encode(on.clean, on.maskable, on.attend), _epsilon(model, rows, noise, sample))
-        scored = log_ratio * any_of(on.maskable, on.attend, groups, a.documents)
+        z, log_ratio = _draw(
+            model.encode(device_rows.clean, device_rows.maskable, device_rows.attend),
+            _epsilon(model, rows, noise, sample),
+        )
+        scored = log_ratio * any_of(device_rows.maskable, device_rows.attend, groups, a.documents)
         result += scored.unflatten(1, (groups, -1)).sum(-1)  # the documents of a row are bounded together
     for k in range(path.total, 0, -1):
         if not path.reveals(k).any():
             continue
-        on_masked = path.masked.to(device)
+        device_masked = path.masked.to(device)
         if a.latent_width and sampler.latent == "fresh":
-            posterior = model.encode(on.clean, on_masked, on.attend)
+            posterior = model.encode(device_rows.clean, device_masked, device_rows.attend)
             z, log_ratio = _draw(posterior, _epsilon(model, rows, noise, substep(sample, k)))
             result += log_ratio * path.reveals(k).to(device)
         ratio = masked_share(path.masked, rows.maskable, groups).to(device)
-        noisy = on.clean.masked_fill(on_masked, a.mask_id)
-        hidden = model.denoiser(noisy, z, on.attend, ratio, on.clean)
+        noisy = device_rows.clean.masked_fill(device_masked, a.mask_id)
+        hidden = model.denoiser(noisy, z, device_rows.attend, ratio, device_rows.clean)
         revealed = path.step(k, hidden, model)
         index = masked_index(revealed).to(device)
-        nll = masked_nll(hidden, on.clean, index, model.denoiser.logits, a.vocab_size)
+        nll = masked_nll(hidden, device_rows.clean, index, model.denoiser.logits, a.vocab_size)
         result -= nll.double().view(batch, groups, -1).sum(-1)
     return result.cpu()
 
@@ -148,14 +151,14 @@ def _score_one_step(
     u_time = stratified(noise, draw, rows.numbers, total_rows, a.groups)
     u_path = noise.uniform(Stream.PATH, draw, rows.numbers, (a.groups, a.row_length // a.groups))
     c = corrupt(rows.clean, rows.maskable, torch.full_like(u_time, steps), u_time, u_path, law, a.mask_id)
-    on, masked = rows.to(device), c.masked.to(device)
+    device_rows, masked = rows.to(device), c.masked.to(device)
     nll, posterior = model(
-        on.clean,
+        device_rows.clean,
         c.noisy.to(device),
         c.index.to(device),
-        on.maskable if encode_all else masked,
+        device_rows.maskable if encode_all else masked,
         _epsilon(model, rows, noise, draw),
-        on.attend,
+        device_rows.attend,
         c.ratio.to(device),
     )
     per_group = nll.double().unflatten(1, (a.groups, -1)).sum(-1)
@@ -164,8 +167,8 @@ def _score_one_step(
         kl=torch.zeros_like(per_group) if posterior is None else posterior.kl().double(),
         weight=c.weight.double().to(device),
         reveals=c.reveals.double().to(device),
-        any_masked=any_of(masked, on.attend, a.groups, a.documents),
-        any_maskable=any_of(on.maskable, on.attend, a.groups, a.documents),
+        any_masked=any_of(masked, device_rows.attend, a.groups, a.documents),
+        any_maskable=any_of(device_rows.maskable, device_rows.attend, a.groups, a.documents),
     )
 
 

@@ -30,7 +30,10 @@ T = TypeVar("T")
 
 
 def _in_pieces(draw: Callable[[np.ndarray], T], rows: np.ndarray, blocks: int) -> Iterator[tuple[int, T]]:
-    """What `draw` gives for some rows after the other, and the first of these. Several threads where it is much."""
+    """`draw` of consecutive pieces of `rows`: where each begins, and the result.
+
+    Several pieces are drawn by several threads.
+    """
     size = max(1, PIECE // max(1, blocks))
     starts = range(0, len(rows), size)
     pieces = (rows[start : start + size] for start in starts)
@@ -42,7 +45,7 @@ def _in_pieces(draw: Callable[[np.ndarray], T], rows: np.ndarray, blocks: int) -
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Of this process: one that was forked has none of its parent's threads."""
+    """One for each process: a forked one has none of its parent's threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="noise")
 
 

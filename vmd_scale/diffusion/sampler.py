@@ -141,7 +141,7 @@ class _Walk:
             left = self._masked_after(k, count, maskable, self.order[:, inside])
             again = torch.minimum((sampler.remask * (count - masked.sum(-1))).long(), left)
             number = masked.sum(-1) + again - left  # of positions to draw
-            # Nothing changes in the other rows: they need no forward, which is all that a cache of it could spare.
+            # Rows that reveal nothing in this step need no forward; a cache of it could spare no more.
             rows = number.nonzero().squeeze(-1)
             if not len(rows):
                 continue
@@ -154,7 +154,7 @@ class _Walk:
             hidden = self._hidden(rows, group, self._sent(ratio))
             priority = self.order[rows, inside]
             if sampler.by_confidence:
-                # Of the row's own steps, not of those beside it.
+                # By the row's own number of steps, not that of the rows beside it.
                 own = torch.full_like(count, total) if self._masks_again else count.clamp(min=1, max=total)
                 fade = (k - 1) / own[rows]
                 priority = self._sureness(hidden, masked[rows], priority, fade.unsqueeze(-1))
@@ -208,7 +208,7 @@ class _Walk:
 
     def _hidden(self, rows: Tensor, group: int, ratio: Tensor) -> Tensor:
         """Hidden states of one block of some rows, [n, L / G, D]."""
-        # All of them, as most often, are taken as they are: picked, they would be copied, modulations layer by layer.
+        # Usually all rows take part and views are enough: indexing would copy them, and every layer's modulations.
         of: Tensor | slice = self._sent(rows) if len(rows) < len(self.x) else slice(None)
         attend = None if self.attend is None else self.attend[of]
         z = None if self.z is None else self.z[of, group : group + 1]
@@ -220,7 +220,7 @@ class _Walk:
         return self.model.denoiser.forward_block(block, group, past, z, attend, ratio, modulations=modulations)
 
     def _sureness(self, hidden: Tensor, masked: Tensor, u: Tensor, fade: Tensor) -> Tensor:
-        """By what the laws of confidence choose among masked positions, float64 [n, L / G], on the host."""
+        """The confidence by which the laws choose among masked positions, float64 [n, L / G], on the host."""
         sampler, denoiser = self.sampler, self.model.denoiser
         row, place = masked.nonzero().unbind(-1)
         hidden = hidden[self._sent(row), self._sent(place)]

@@ -19,7 +19,7 @@ def draw_categorical(logits: Tensor, u: Tensor) -> Tensor:
         int64 [...].
     """
     logits = logits.double()
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)  # its last entry normalises
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1)  # its last entry normalizes
     threshold = u.unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 

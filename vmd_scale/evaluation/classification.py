@@ -33,7 +33,7 @@ CLASSIFICATION = "classification.json"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one split."""
+    """How well labels are told on one split."""
 
     split: str
     rows: int
@@ -83,10 +83,10 @@ def label_log_probabilities(model: VMD, batch: Batch, attend: Tensor | None, lab
     a, device = model.architecture, next(model.parameters()).device
     maskable = masks_of_response(batch)
     noisy = batch.tokens.masked_fill(maskable, a.mask_id).to(device)
-    on_attend, masked = None if attend is None else attend.to(device), maskable.to(device)
-    prior = model.prior(noisy, masked, on_attend)
+    device_attend, masked = None if attend is None else attend.to(device), maskable.to(device)
+    prior = model.prior(noisy, masked, device_attend)
     total = torch.full((len(noisy), len(labels)), -math.inf, dtype=torch.float64, device=device)
-    at = masked.nonzero()[:, 1].view(len(noisy), -1)  # [B, W]
+    positions = masked.nonzero()[:, 1].view(len(noisy), -1)  # [B, W]
     wanted = labels.to(device)
     for draw in range(draws):
         z = None
@@ -94,9 +94,9 @@ def label_log_probabilities(model: VMD, batch: Batch, attend: Tensor | None, lab
             epsilon = Noise(0).normal(Stream.SAMPLE_LATENT, draw, batch.positions, (a.groups, a.latent_width))
             z = epsilon.to(device) if prior is None else prior.sample(epsilon.to(device))
         ratio = torch.ones(len(noisy), a.groups, device=device)
-        hidden = model.denoiser(noisy, z, on_attend, ratio, noisy)
-        of_response = hidden.gather(1, at.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        logs = model.denoiser.logits(of_response).double().log_softmax(-1)  # [B, W, V]
+        hidden = model.denoiser(noisy, z, device_attend, ratio, noisy)
+        responses = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        logs = model.denoiser.logits(responses).double().log_softmax(-1)  # [B, W, V]
         scores = sum(logs[:, w, wanted[:, w]] for w in range(wanted.shape[1]))
         total = torch.logaddexp(total, torch.as_tensor(scores))
     return (total - math.log(draws)).cpu()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from vmd_scale.checkpoints import TrainedModel
 from vmd_scale.data.roles import Role
@@ -20,7 +19,8 @@ from vmd_scale.data.shards import ShardReader
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.evaluation.judges import Judge, Sample, end_of_text
-from vmd_scale.evaluation.perplexity import Ranks, chosen_rows, mean_and_error
+from vmd_scale.evaluation.perplexity import chosen_rows, mean_and_error
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.tokenization import Tokenizer
 
 DISTINCT = (1, 2, 3, 4)
@@ -79,12 +79,12 @@ def evaluate_generation(
     reference = _features(judge, real, ranks)
     results = [_result(trained, None, judge, reader, real, seed, ranks, reference)]
     for sampler in samplers:
-        mine = torch.arange(count)[ranks.rank :: ranks.size]
+        mine = ranks.share(torch.arange(count))
         rows: dict[int, list[int]] = {}
         for some in mine.split(micro_batch) if len(mine) else ():
             drawn = sample(trained.model, sampler, Noise(seed), some)
             rows |= dict(zip(some.tolist(), drawn.tolist(), strict=True))
-        rows = {number: ids for share in _gathered(rows, ranks) for number, ids in share.items()}
+        rows = {number: ids for share in ranks.gathered(rows) for number, ids in share.items()}
         samples = [as_judged(np.array(rows[n]), trained.tokenizer, text_end) for n in range(count)]
         results.append(_result(trained, sampler, judge, reader, samples, seed, ranks, reference))
     return results
@@ -170,10 +170,7 @@ def _result(
     ranks: Ranks,
     reference: np.ndarray | None,
 ) -> GenerationResult:
-    shares = _gathered(judge.score(samples[ranks.rank :: ranks.size]), ranks)
-    nats, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
-    for rank, (some_nats, some_tokens) in enumerate(shares):
-        nats[rank :: ranks.size], tokens[rank :: ranks.size] = some_nats, some_tokens
+    nats, tokens = map(ranks.together, judge.score(ranks.share(samples)))
     mean, error = mean_and_error(nats, tokens) if tokens.sum() else (math.nan, math.nan)
     entropies = unigram_entropies(samples)
     mauve = None
@@ -215,19 +212,5 @@ def _changes(sampler: Sampler) -> str:
 
 def _features(judge: Judge, samples: Sequence[Sample], ranks: Ranks) -> np.ndarray | None:
     """The judge's features of all samples [n, D], each computed on one rank."""
-    shares = _gathered(judge.features(samples[ranks.rank :: ranks.size]), ranks)
-    if shares[0] is None:
-        return None
-    features = np.zeros((len(samples), shares[0].shape[1]), dtype=np.float32)
-    for rank, share in enumerate(shares):
-        features[rank :: ranks.size] = share
-    return features
-
-
-def _gathered(mine: Any, ranks: Ranks) -> list[Any]:
-    """What every rank has, in the order of the ranks."""
-    if ranks.size == 1:
-        return [mine]
-    shares: list[Any] = [None] * ranks.size
-    dist.all_gather_object(shares, mine, group=ranks.group)
-    return shares
+    features = judge.features(ranks.share(samples))
+    return None if features is None else ranks.together(features)

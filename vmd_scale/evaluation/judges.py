@@ -83,7 +83,7 @@ class NGramJudge:
 
 
 class HuggingFaceJudge:
-    """Any causal language model in a local folder; texts are tokenized anew, and the first token is only context.
+    """Any causal language model in a local folder; texts are tokenized again, and the first token is only context.
 
     Raises:
         UserError: no transformers, or no such model in the folder.

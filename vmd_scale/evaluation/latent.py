@@ -72,8 +72,8 @@ def latent_usage(
         scored = any_of(maskable, attend, a.groups, a.documents).to(device)
         for ratio in ratios:
             masked = in_groups & (ranks <= (ratio * count).ceil())
-            on_attend = None if attend is None else attend.to(device)
-            q = model.encode(batch.tokens.to(device), masked.view_as(maskable).to(device), on_attend)
+            device_attend = None if attend is None else attend.to(device)
+            q = model.encode(batch.tokens.to(device), masked.view_as(maskable).to(device), device_attend)
             kls[ratio].append(q.kl()[scored].cpu())
             if ratio == 1.0:
                 mean = q.mean if q.prior is None else q.prior.standardised(q.mean)
@@ -96,6 +96,6 @@ def latent_usage(
 
 
 def _histogram(values: Tensor) -> dict[str, list[float]]:
-    """Of the groups of all rows: how many have a KL between one edge, nats, and the next. Of finite ones alone."""
+    """How many groups, over all rows, have a KL between one edge, in nats, and the next. Only finite ones count."""
     counts, edges = np.histogram(values[values.isfinite()].double().numpy(), bins=HISTOGRAM_BINS)
     return {"counts": counts.tolist(), "edges": [round(edge, 6) for edge in edges.tolist()]}

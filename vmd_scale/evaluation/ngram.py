@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one length of context; n-grams and contexts are numbers in base V, sorted."""
+    """Counts for one length of context; n-grams and contexts are numbers in base V, sorted."""
 
     grams: np.ndarray
     of_gram: np.ndarray

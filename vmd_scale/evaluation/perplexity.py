@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vmd_scale.build import masks_of
 from vmd_scale.data.loader import evaluation_batches
 from vmd_scale.data.order import SampleOrder
 from vmd_scale.data.shards import ShardReader
-from vmd_scale.diffusion.compat import INTERVALS, compat_estimate
+from vmd_scale.diffusion.compat import compat_estimate
 from vmd_scale.diffusion.likelihood import Rows, elbo, importance_weighted, vmd_surrogate
 from vmd_scale.diffusion.noise import Noise
-from vmd_scale.diffusion.paths import LAWS, RANDOM_LAWS
+from vmd_scale.diffusion.paths import RANDOM_LAWS
 from vmd_scale.diffusion.sampler import Sampler
 from vmd_scale.errors import UserError
 from vmd_scale.evaluation.protocols import Protocol, get_protocol
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.files import checked, read_json
 from vmd_scale.model import VMD
 from vmd_scale.precision import precision_of
@@ -115,15 +115,6 @@ def chosen_rows(total: int, limit: int | None) -> np.ndarray:
     return np.sort(SampleOrder(total, seed=0).row_numbers(np.arange(limit, dtype=np.int64)))
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Among which ranks rows are dealt out; by default there is one."""
-
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None  # gloo
-
-
 def evaluate(
     model: VMD,
     reader: ShardReader,
@@ -141,60 +132,24 @@ def evaluate(
         after_batch: called on every rank after each of its batches, of which all ranks have the same number.
 
     Raises:
-        UserError: fewer than two rows, no draws, a latent or paths that do not exist; with `until_error`, a bound that
-            is not finite.
+        UserError: fewer than two rows, or what is not defined for these rows, this model or this protocol; with
+            `until_error`, a bound that is not finite.
+        ValueError: see `Sampler`.
     """
-    for option, value in (("--draws", request.draws), ("--micro-batch", request.micro_batch)):
-        if value < 1:
-            raise UserError(f"{option} {value}: must be at least 1")
-    if request.until_error is not None and not request.until_error > 0:
-        raise UserError(f"--until-error {request.until_error:g}: must be greater than 0")
-    if request.latent not in ("fixed", "fresh"):
-        raise UserError(f"--latent {request.latent!r}: allowed: fixed, fresh")
-    if request.paths not in LAWS:
-        raise UserError(f"--paths {request.paths!r}: allowed: {', '.join(LAWS)}")
-    if reader.manifest.packing == "document" and model.architecture.latent_width:
-        held, most = reader.manifest.documents_per_row, model.architecture.documents
-        if held is None or held > most:
-            raise UserError(f"rows hold up to {held} documents, this model has latents for {most}")
-        if request.latent == "fresh":
-            raise UserError("--latent fresh is not scored where a row holds several documents; use fixed")
-    rows = chosen_rows(reader.rows, request.rows)
-    if len(rows) < 2:
-        raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")
     protocol = get_protocol(request.protocol)
-    protocol.check(reader.manifest)
-    compat = protocol.pads_attended or request.interval != "full"
-    _check_compat(request, protocol)
-    if compat and reader.manifest.packing == "document":
-        raise UserError(f"--interval {request.interval} is for rows of one text, not for data.packing 'document'")
-    if request.until_error is not None:  # any beginning of them is a random choice
-        rows = rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
-    noise, total, draws = Noise(request.seed), len(rows), range(request.draws)
+    rows = _checked_rows(model, reader, request, protocol)
     score_all = partial(_score_until, reader, rows, protocol, request, ranks or Ranks(), after_batch)
     surrogate = surrogate_error = None
     if request.surrogate:
-        if request.paths not in RANDOM_LAWS:
-            raise UserError(f"--surrogate is defined for paths {' and '.join(RANDOM_LAWS)}, not {request.paths!r}")
+        noise, total = Noise(request.seed), len(rows)
         surrogate, surrogate_error = mean_and_error(
             *score_all(lambda some, _: vmd_surrogate(model, some, noise, total, request.paths))
         )
     results = []
     for k, steps in product(request.samples, request.steps):
-        sampler = Sampler(steps, request.latent, request.paths)
-
-        def bound(some: Rows, counted: Tensor, k: int = k, sampler: Sampler = sampler) -> Tensor:
-            if compat:
-                estimates = [compat_estimate(model, some, counted, request.interval, noise, total, n) for n in draws]
-            elif k > 1 or sampler.by_confidence:  # of a replayed path there is no random step
-                estimates = [importance_weighted(model, some, sampler, noise, k, draw) for draw in draws]
-            else:
-                estimates = [elbo(model, some, sampler, noise, total, draw) for draw in draws]
-            return torch.stack(estimates).mean(0)
-
-        nats, tokens = score_all(bound)
+        bound, score = _estimator(model, request, protocol, steps, k, len(rows))
+        nats, tokens = score_all(score)
         mean, error = mean_and_error(nats, tokens)
-        certain = not model.architecture.latent_width and (sampler.by_confidence or steps == 1)
         results.append(
             Result(
                 protocol=request.protocol,
@@ -202,7 +157,7 @@ def evaluate(
                 steps="inf" if math.isinf(steps) else int(steps),
                 latent=request.latent if model.architecture.latent_width else "none",
                 k=k,
-                bound="compat" if compat else "exact" if certain else "iw" if k > 1 else "elbo",
+                bound=bound,
                 nats_per_token=mean,
                 bits_per_token=mean / math.log(2),
                 perplexity=math.exp(min(mean, 700.0)),
@@ -226,12 +181,40 @@ def evaluate(
     return results
 
 
+def _checked_rows(model: VMD, reader: ShardReader, request: Request, protocol: Protocol) -> np.ndarray:
+    """Numbers of the rows that may be scored, int64 [n]; with `until_error` any beginning of them is a random choice.
+
+    Raises:
+        UserError: see `evaluate`.
+    """
+    manifest = reader.manifest
+    if manifest.packing == "document" and model.architecture.latent_width:
+        held, most = manifest.documents_per_row, model.architecture.documents
+        if held is None or held > most:
+            raise UserError(f"rows hold up to {held} documents, this model has latents for {most}")
+        if request.latent == "fresh":
+            raise UserError("--latent fresh is not scored where a row holds several documents; use fixed")
+    rows = chosen_rows(reader.rows, request.rows)
+    if len(rows) < 2:
+        raise UserError(f"split {request.split!r}: {len(rows)} row(s) to score, at least 2 are needed")
+    protocol.check(manifest)
+    if _is_compat(request, protocol):
+        _check_compat(request, protocol)
+        if manifest.packing == "document":
+            raise UserError(f"--interval {request.interval} is for rows of one text, not for data.packing 'document'")
+    if request.surrogate and request.paths not in RANDOM_LAWS:
+        raise UserError(f"--surrogate is defined for paths {' and '.join(RANDOM_LAWS)}, not {request.paths!r}")
+    if request.until_error is None:
+        return rows
+    return rows[SampleOrder(len(rows), seed=0).row_numbers(np.arange(len(rows), dtype=np.int64))]
+
+
+def _is_compat(request: Request, protocol: Protocol) -> bool:
+    return protocol.pads_attended or request.interval != "full"
+
+
 def _check_compat(request: Request, protocol: Protocol) -> None:
     """`UserError` for what the published estimates do not define."""
-    if request.interval not in INTERVALS:
-        raise UserError(f"--interval {request.interval!r}: allowed: {', '.join(INTERVALS)}")
-    if not (protocol.pads_attended or request.interval != "full"):
-        return
     what = f"protocol {protocol.name}" if protocol.pads_attended else f"--interval {request.interval}"
     wanted = {"--steps": request.steps == (math.inf,), "--k": request.samples == (1,)}
     wanted |= {"--paths": request.paths == "bernoulli", "--latent": request.latent == "fixed"}
@@ -242,6 +225,29 @@ def _check_compat(request: Request, protocol: Protocol) -> None:
             f"{what} is an estimate of the published code and no likelihood: it is defined for --steps inf --k 1 "
             f"--paths bernoulli --latent fixed, without --surrogate; change {', '.join(wrong)}"
         )
+
+
+def _estimator(model: VMD, request: Request, protocol: Protocol, steps: float, k: int, total: int) -> tuple[str, Score]:
+    """What is computed of a row with T `steps` and `k` importance samples: its name, see `Result.bound`, and how.
+
+    Args:
+        total: rows that may be scored.
+    """
+    noise, sampler = Noise(request.seed), Sampler(steps, request.latent, request.paths)
+    compat = _is_compat(request, protocol)
+
+    def estimate(some: Rows, counted: Tensor, draw: int) -> Tensor:
+        if compat:
+            return compat_estimate(model, some, counted, request.interval, noise, total, draw)
+        if k > 1 or sampler.by_confidence:  # a replayed path has no random step
+            return importance_weighted(model, some, sampler, noise, k, draw)
+        return elbo(model, some, sampler, noise, total, draw)
+
+    def score(some: Rows, counted: Tensor) -> Tensor:
+        return torch.stack([estimate(some, counted, draw) for draw in range(request.draws)]).mean(0)
+
+    certain = not model.architecture.latent_width and (sampler.by_confidence or steps == 1)
+    return "compat" if compat else "exact" if certain else "iw" if k > 1 else "elbo", score
 
 
 def _score_until(
@@ -284,29 +290,23 @@ def _score_rows(
     numbers: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same of ``rows[numbers]``, each scored on exactly one rank, gathered on all."""
-    nats, tokens = np.zeros(len(numbers)), np.zeros(len(numbers), dtype=np.int64)
-    if not len(numbers):
-        return nats, tokens
-    mine = np.arange(len(numbers), dtype=np.int64)[ranks.rank :: ranks.size]
+    mine = ranks.share(numbers)
+    nats, tokens = np.zeros(len(mine)), np.zeros(len(mine), dtype=np.int64)
     most = -(-len(numbers) // ranks.size)  # rows of the rank that has most
     for start in range(0, most, micro_batch):
         dealt = mine[start : start + micro_batch]
+        part = slice(start, start + len(dealt))
         # All batches of all ranks have one shape, filled up with rows that are not counted: under ZeRO-3 a forward is a
         # collective, and compiled blocks like it too.
         filled = np.full(min(micro_batch, most), numbers[0], dtype=np.int64)
-        filled[: len(dealt)] = numbers[dealt]
+        filled[: len(dealt)] = dealt
         (batch,) = evaluation_batches(reader, rows[filled], micro_batch)
         scored = protocol.score(*masks_of(batch, reader.manifest))
         some = Rows(batch.tokens, scored.maskable, scored.attend, torch.from_numpy(filled))
-        nats[dealt] = score(some, scored.counted)[: len(dealt)].numpy()
-        tokens[dealt] = scored.counted[: len(dealt)].sum(-1).numpy()
+        nats[part] = score(some, scored.counted)[: len(dealt)].numpy()
+        tokens[part] = scored.counted[: len(dealt)].sum(-1).numpy()
         after_batch()
-    if ranks.size > 1:
-        shares: list[Any] = [None] * ranks.size
-        dist.all_gather_object(shares, (nats[mine], tokens[mine]), group=ranks.group)
-        for rank, (some_nats, some_tokens) in enumerate(shares):
-            nats[rank :: ranks.size], tokens[rank :: ranks.size] = some_nats, some_tokens
-    return nats, tokens
+    return ranks.together(nats), ranks.together(tokens)
 
 
 def mean_and_error(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

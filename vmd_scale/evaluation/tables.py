@@ -60,7 +60,7 @@ def check_comparable(results: Sequence[Result], note: str | None) -> None:
 
 
 def differing(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Of what must be the same in one table or picture, what is not, with its values as they are shown."""
+    """What must be the same in one table or picture and is not, with its values as they are shown."""
     found = {key: list(dict.fromkeys(_shown(getattr(r, key)) for r in results)) for key in COMPARED}
     return {key: values for key, values in found.items() if len(values) > 1}
 

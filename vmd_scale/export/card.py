@@ -235,7 +235,7 @@ def _tokenizer_name(trained: TrainedModel) -> str:
 
 
 def base_name(weights: str) -> str:
-    """Of a run, an exported folder or a file; a checkpoint is named with its run."""
+    """The name of a run, an exported folder or a file; a checkpoint is named with its run."""
     path = Path(weights)
     return f"{path.parent.parent.name}, {path.name}" if path.parent.name == "checkpoints" else path.name
 

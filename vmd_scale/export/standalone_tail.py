@@ -1,4 +1,4 @@
-"""The end of the exported modelling file: loading, drawing, bounds, and a loss for fine-tuning in a plain loop."""
+"""The end of the exported modeling file: loading, drawing, bounds, and a loss for fine-tuning in a plain loop."""
 
 import json
 import math

@@ -3,7 +3,7 @@
 model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 rows = model.generate(steps=32, count=4)
-rows = model.generate(**tokenizer("a text to go on with", return_tensors="pt"), steps=32)
+rows = model.generate(**tokenizer("a text to continue", return_tensors="pt"), steps=32)
 """
 
 import math
@@ -97,7 +97,7 @@ class VMDModel(PreTrainedModel):
 
         Args:
             input_ids: int64 [B, n]; the mask id is drawn like what follows the prompt.
-            attention_mask: [B, n], 0 at padding. Of prompts shorter than a row, padding on either side is taken out:
+            attention_mask: [B, n], 0 at padding. From prompts shorter than a row, padding on either side is removed:
                 what is drawn follows each prompt at once. In whole rows, padding is kept and not attended to.
             token_type_ids: not looked at; some tokenizers return them.
             seed: None takes one from torch's global generator, so that two calls differ; the same seed draws the same.
@@ -142,6 +142,6 @@ class VMDModel(PreTrainedModel):
 
 
 def left_aligned(input_ids: Tensor, text: Tensor, mask_id: int) -> Tensor:
-    """Each row's text, where `text` [B, n] is true, moved to its start, and masks behind it."""
+    """Each row's text, where `text` [B, n] is true, moved to its start, and masks after it."""
     order = (~text).int().argsort(dim=1, stable=True)
     return input_ids.gather(1, order).masked_fill(~text.gather(1, order), mask_id)

@@ -21,7 +21,7 @@ class Documents(NamedTuple):
     """Rows of several documents, attention inside each of them.
 
     Args:
-        segments: int [B, L], the document of every position: equal inside a document, different in its neighbours.
+        segments: int [B, L], the document of every position: equal inside a document, different in its neighbors.
         boundaries: int32 [N + 1], made of `segments` by `document_boundaries`; without it there is no varlen kernel.
     """
 
@@ -36,10 +36,10 @@ class Documents(NamedTuple):
 def document_boundaries(segments: Tensor, most: int) -> Tensor:
     """Where documents begin and end in the flattened rows, for varlen kernels: cu_seqlens, int32 [B * most + 1].
 
-    Its shape does not depend on the data, and nothing waits for the device: behind the last document are empty ones.
+    Its shape does not depend on the data, and nothing waits for the device: after the last document come empty ones.
 
     Args:
-        segments: int [B, L]; a document does not go on in the next row.
+        segments: int [B, L]; a document does not continue in the next row.
         most: documents of a row, padding being one.
     """
     begins = torch.ones_like(segments, dtype=torch.bool)
@@ -62,21 +62,28 @@ OWN = "PyTorch's flash attention"
 MODULES = {"flash-attn 4": "flash_attn.cute", "flash-attn 3": "flash_attn_interface", "flash-attn 2": "flash_attn"}
 
 
-def flash_kernels(head_width: int = 64) -> Flash | None:
-    """The flash-attn that was made for this GPU and works with such heads, else PyTorch's own, or None.
+def flash_kernels(head_width: int = 64, own: bool = True) -> Flash | None:
+    """The fastest flash attention for this GPU that works with such heads, or None.
 
     Where PyTorch is told to be deterministic, it is one whose backward pass can be.
+
+    Args:
+        own: whether PyTorch's own is allowed. From Hopper on it is cuDNN's, and stands before flash-attn 2, which was
+            made for Ampere (FlashAttention-3, arXiv 2407.08608, figures 5 and 6).
     """
-    return _flash_kernels(head_width, torch.are_deterministic_algorithms_enabled())
+    return _flash_kernels(head_width, torch.are_deterministic_algorithms_enabled(), own)
 
 
 @functools.cache
-def _flash_kernels(head_width: int, deterministic: bool) -> Flash | None:
+def _flash_kernels(head_width: int, deterministic: bool, own: bool) -> Flash | None:
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()[0]
-    versions = (3, 4, 2) if capability == 9 else (4, 2) if capability > 9 else (2,)
-    for name in (*(f"flash-attn {version}" for version in versions), OWN):
+    two, three, four = (f"flash-attn {version}" for version in (2, 3, 4))
+    names = (three, OWN, four, two) if capability == 9 else (four, OWN, two) if capability > 9 else (two, OWN)
+    for name in names:
+        if name == OWN and not own:
+            continue
         try:
             if name == OWN:
                 flash = Flash(OWN, _sdpa, _own_varlen)
@@ -101,35 +108,43 @@ def _deterministic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _try(flash: Flash, head_width: int) -> None:
-    """Forward and backward of both kernels, tiny."""
+    """Forward and backward of both kernels, tiny: as they are, and traced as in a compiled block."""
     with torch.inference_mode(False), torch.enable_grad():
         q, k, v = (
             torch.randn(1, 16, 1, head_width, device=flash.device, dtype=torch.bfloat16).requires_grad_()
             for _ in range(3)
         )
         ends = torch.tensor([0, 5, 16], dtype=torch.int32, device=flash.device)
-        for out in (_first(flash.dense(q, k, v)), _varlen(flash, q, k, v, ends)):
-            out.sum().backward()
+        ways = (lambda: _first(flash.dense(q, k, v)), lambda: _varlen(flash, q, k, v, ends))
+        for way in ways:
+            for run in (way, torch.compile(way, backend="aot_eager", fullgraph=True, dynamic=False)):
+                run().sum().backward()
 
 
 def flash_available(head_width: int = 64) -> bool:
     """Whether flash-attn is installed and can be used."""
-    flash = flash_kernels(head_width)
-    return flash is not None and flash.name != OWN
+    return flash_kernels(head_width, False) is not None
+
+
+def resolved(kernel: str | Flash, head_width: int = 64) -> str | Flash:
+    """What `choose_kernel` chose, with the functions that auto and flash stand for here, else SDPA."""
+    if kernel in ("auto", "flash"):
+        return flash_kernels(head_width, kernel == "auto") or "sdpa"
+    return kernel
 
 
 def kernel_name(
     kernel: str | Flash, dtype: torch.dtype = torch.bfloat16, masked: bool = False, head_width: int = 64
 ) -> str:
     """For the log: what `attention` takes. `masked`: whether positions are left out, by a mask that is a tensor."""
-    flash = flash_kernels(head_width) if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
-    if flash is not None and dtype in (torch.bfloat16, torch.float16) and not masked:
-        return flash.name
+    kernel = resolved(kernel, head_width)
+    if isinstance(kernel, Flash) and dtype in (torch.bfloat16, torch.float16) and not masked:
+        return kernel.name
     return str(kernel) if kernel in ("flex", "reference") else "PyTorch SDPA"
 
 
 def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> str:
-    """``auto`` becomes flash where a GPU is at hand (flash-attn, else PyTorch's own), else PyTorch's SDPA.
+    """``auto`` stays where a GPU has flash attention (flash-attn or PyTorch's own), else it becomes PyTorch's SDPA.
 
     With `blocks` (block diffusion's mask), it becomes flex on a GPU, whose kernel wants heads at least 16 wide;
     without, flex has nothing to do and is SDPA.
@@ -140,7 +155,7 @@ def choose_kernel(wanted: str, blocks: bool = False, head_width: int = 64) -> st
     if wanted == "flex" and (narrow or not blocks):
         return "sdpa"
     if wanted == "auto":
-        return "flash" if flash_kernels(head_width) is not None else "sdpa"
+        return "auto" if flash_kernels(head_width) is not None else "sdpa"
     if wanted == "flash" and not flash_available(head_width):
         raise RuntimeError("model.attention is 'flash', but flash-attn is not installed or there is no GPU; use 'auto'")
     return wanted
@@ -153,13 +168,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, kernel: str | Flash) 
         q: [B, L, heads, head width]; k, v: [B, S, heads, head width].
         mask: bool, broadcastable to [B, heads, L, S], true where attention is allowed; None allows all; a `BlockMask`
             is for FlexAttention; `Documents` for rows that hold several.
-        kernel: flash (or what `flash_kernels` found) | sdpa | flex | reference. Flash has no general mask, no fp32 and
-            no CPU: SDPA takes over there.
+        kernel: auto | flash (or what `flash_kernels` found) | sdpa | flex | reference. Flash has no general mask, no
+            fp32 and no CPU: SDPA takes over there.
 
     Returns:
         [B, L, heads, head width].
     """
-    flash = flash_kernels(q.shape[-1]) if kernel == "flash" else kernel if isinstance(kernel, Flash) else None
+    kernel = resolved(kernel, q.shape[-1])
+    flash = kernel if isinstance(kernel, Flash) else None
     if flash is not None and (q.dtype not in (torch.bfloat16, torch.float16) or q.device.type != flash.device):
         flash = None
     if flash is not None and mask is None:
@@ -200,14 +216,14 @@ def _varlen(flash: Flash, q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tens
 
 
 def _first(result: Any) -> Tensor:
-    """Some versions of flash-attn return the normalisers too."""
+    """Some versions of flash-attn return the normalizers too."""
     return result[0] if isinstance(result, tuple) else result
 
 
 def rotary_table(positions: Tensor, head_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines for rotary embedding (RoFormer, arXiv 2104.09864), in fp32.
 
-    Computed anew each forward: a buffer would be cast to bf16 with the parameters and lose far positions.
+    Computed again in each forward: a buffer would be cast to bf16 with the parameters and lose far positions.
 
     Args:
         positions: [L] int64.
@@ -255,13 +271,13 @@ def block_diffusion_mask(length: int, groups: int, attend: Tensor | None, kernel
     def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return _sees(query, key, length, groups) & seen[b, key]
 
-    number, index = _flex_tiles(length, groups, device)  # padding is looked at inside of them: nothing is made anew
+    number, index = _flex_tiles(length, groups, device)  # padding is checked inside them: nothing is built again
     return BlockMask.from_kv_blocks(number, index, mask_mod=allowed, seq_lengths=(2 * length, 2 * length))
 
 
 @functools.lru_cache(maxsize=4)
 def _flex_tiles(length: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each row of tiles, in how many anybody sees anything without padding, and the numbers of these first."""
+    """Of each row of tiles: how many are visible without padding, and the numbers of the tiles, visible ones first."""
     tiles = _flex_mask(length, groups, device).to_dense()
     return tiles.sum(-1, dtype=torch.int32), tiles.argsort(dim=-1, descending=True, stable=True).int()
 

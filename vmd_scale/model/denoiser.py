@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         initialize(self, a.layers)
         for projection in (self.latent_to_condition, self.latent_to_embedding):
             for parameter in projection.parameters() if projection is not None else ():
-                if parameter.dim() == 2:  # z must be heard from the first step on, or the posterior collapses
+                if parameter.dim() == 2:  # z must matter from the first step on, or the posterior collapses
                     nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
     def forward(
@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
         """
         a, length = self.architecture, noisy.shape[1]
         x = self.embedding(noisy) + self.position(positions_in(attend, length, noisy.device))
-        positions = torch.arange(length, device=noisy.device)  # rotary attention hears differences: no need to restart
+        positions = torch.arange(length, device=noisy.device)  # rotary attention sees differences: no need to restart
         if self.latent_to_embedding is not None:
             assert z is not None
             added = self.latent_to_embedding(z.to(x.dtype))
@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
 
         Args:
             tokens: int64 [B, L / G], the block numbered `group`.
-            past: one for each layer. With `clean`, the block is complete: it is remembered, and hears no z.
+            past: one for each layer. With `clean`, the block is complete: it is remembered, and sees no z.
             z: [B, 1, d_z], that of this block; modulations: those of z; mask_ratio: [B, 1]; attend: bool [B, L].
 
         Returns:

@@ -27,7 +27,7 @@ class Gaussian(NamedTuple):
     log_std: Tensor
 
     def sample(self, epsilon: Tensor) -> Tensor:
-        """Reparameterised draw from standard normal noise."""
+        """Reparameterized draw from standard normal noise."""
         mean, log_std = self._beside(epsilon)
         return mean + log_std.exp() * epsilon
 
@@ -36,7 +36,7 @@ class Gaussian(NamedTuple):
         return (z - mean) * (-log_std).exp()
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Of each group in nats, less the constant of the normalisation: [B, G] or [B, K, G]."""
+        """The log density of each group in nats, without the normalizing constant: [B, G] or [B, K, G]."""
         _, log_std = self._beside(z)
         return -(0.5 * self.standardised(z).square() + log_std).sum(-1)
 
@@ -54,7 +54,7 @@ class Posterior(NamedTuple):
     prior: Gaussian | None = None
 
     def sample(self, epsilon: Tensor) -> Tensor:
-        """Reparameterised draw from standard normal noise, [B, G, d_z] or K of them [B, K, G, d_z]."""
+        """Reparameterized draw from standard normal noise, [B, G, d_z] or K of them [B, K, G, d_z]."""
         return Gaussian(self.mean, self.log_std).sample(epsilon)
 
     def kl_per_unit(self) -> Tensor:
@@ -77,7 +77,7 @@ class Posterior(NamedTuple):
 class ScaledGradient(torch.autograd.Function):
     """z as it is; its gradient is multiplied by a tensor that may be filled in later, until the backward pass begins.
 
-    What the doubly reparameterised gradient of importance weights needs: they are known only after the forward pass.
+    What the doubly reparameterized gradient of importance weights needs: they are known only after the forward pass.
     """
 
     @staticmethod
@@ -120,15 +120,19 @@ class Encoder(nn.Module):
             attend: bool [B, L], false at padding, or int32 [B, L], see documents.py; None where all is one document.
         """
         length, device = tokens.shape[1], tokens.device
-        h = self.embedding(tokens) + self.pattern(masked.long()) + self.position(positions_in(attend, length, device))
+        # As a product, whose gradient adds up all positions at once; that of an embedding of two rows would not.
+        patterns = self.pattern(torch.arange(2, device=device))
+        pattern = torch.stack((~masked, masked), -1).to(patterns.dtype) @ patterns
+        h = self.embedding(tokens) + pattern + self.position(positions_in(attend, length, device))
         rotary = rotary_table(torch.arange(length, device=device), self.head_width)
         mask = attention_mask(attend, self.documents, self.blocks.kernel)
-        h = self.norm(self.blocks(h, rotary, mask)).float()
+        h = self.norm(self.blocks(h, rotary, mask))
         if attend is not None and has_documents(attend):
-            over = (members_of(attend, self.documents) & masked[:, :, None]).float().transpose(1, 2)  # [B, N, L]
-            pooled = over @ h / over.sum(-1, keepdim=True).clamp(min=1)
+            over = (members_of(attend, self.documents) & masked[:, :, None]).transpose(1, 2)  # [B, N, L]
+            pooled = over.to(h.dtype) @ h
         else:
-            grouped = masked.float().unflatten(1, (self.groups, -1)).unsqueeze(-1)
-            pooled = (h.unflatten(1, (self.groups, -1)) * grouped).sum(2) / grouped.sum(2).clamp(min=1)
+            over = masked.unflatten(1, (self.groups, -1))  # [B, G, L / G]
+            pooled = (over.unsqueeze(2).to(h.dtype) @ h.unflatten(1, (self.groups, -1))).squeeze(2)
+        pooled = pooled.float() / over.sum(-1, keepdim=True).clamp(min=1)
         mean, log_std = self.out(pooled.to(self.out.weight.dtype)).float().chunk(2, dim=-1)
         return Gaussian(mean, log_std.clamp(*LOG_STD_RANGE))

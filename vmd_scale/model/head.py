@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**25  # logits in existence at once: 128 MiB in fp32
-GPU_CHUNK_ELEMENTS = 2**28  # of the fused one there: each chunk reads and writes a gradient as large as the head
+GPU_CHUNK_ELEMENTS = 2**29  # of the fused one there: each chunk reads and writes a gradient as large as the head
 # Symbols of the fused one by device: a GPU's fast matrix products want rows that begin at multiples of 16 bytes.
 VOCAB_MULTIPLE = {"cuda": 64}
 
@@ -94,7 +94,7 @@ def _scatter(nll: Tensor, targets: Tensor, index: Tensor) -> Tensor:
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """sum_n w_n NLL_n. Its gradient but for the factor that comes back is made in the forward pass, chunk by chunk."""
+    """sum_n w_n NLL_n. Its gradient, up to the factor that comes back, is made in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -104,30 +104,25 @@ class _WeightedNLL(torch.autograd.Function):
         vocab_size, multiple = len(matrix), VOCAB_MULTIPLE.get(rows.device.type, 1)
         if vocab_size % multiple:
             matrix, bias = _filled_up(matrix, bias, -vocab_size % multiple)
-        chunk = max(1, elements // len(matrix))
+        pieces = max(1, -(-len(rows) // max(1, elements // len(matrix))))
         d_rows = torch.empty_like(rows)
-        d_matrix = d_bias = None
-        if ctx.needs_input_grad[1]:
-            d_matrix = matrix.new_zeros(vocab_size, matrix.shape[1], dtype=torch.float32)
-        if ctx.needs_input_grad[2]:
-            d_bias = matrix.new_zeros(vocab_size, dtype=torch.float32)
+        d_matrix: Tensor | None = None
+        d_bias: Tensor | None = None
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         score = _compiled if compiled else _nll_and_gradient
-        parts = (x.split(chunk) for x in (rows, targets, weight, d_rows))
+        parts = (x.tensor_split(pieces) for x in (rows, targets, weight, d_rows))
         for h, y, w, d_h in zip(*parts, strict=True):
             logits = h @ matrix.T if bias is None else torch.addmm(bias, h, matrix.T)
             nll, d_logits = score(logits, y, w)
             total += (nll.double() * w).sum()
             torch.mm(d_logits, matrix, out=d_h)
             d_logits = d_logits[:, :vocab_size]
-            if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=torch.float32)
-            if d_matrix is None:
-                continue
-            if matrix.dtype == torch.float32:
-                torch.addmm(d_matrix, d_logits.T, h, out=d_matrix)
-            else:
-                d_matrix += d_logits.T @ h
+            if ctx.needs_input_grad[2]:
+                of_bias = d_logits.sum(0, dtype=torch.float32)
+                d_bias = of_bias if d_bias is None else d_bias.add_(of_bias)
+            if ctx.needs_input_grad[1]:
+                d_matrix = _plus_product(d_matrix, d_logits.T, h)
+            del logits, d_logits  # or they would be there beside the next ones
         ctx.save_for_backward(d_rows, d_matrix, d_bias)
         ctx.dtype = matrix.dtype
         return total.float()
@@ -136,12 +131,22 @@ class _WeightedNLL(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = gradients
         d_rows, d_matrix, d_bias = ctx.saved_tensors
-        of_head = (None if d is None else (d * factor).to(ctx.dtype) for d in (d_matrix, d_bias))
+        of_head = (
+            None if d is None else torch.mul(d, factor, out=torch.empty_like(d, dtype=ctx.dtype))
+            for d in (d_matrix, d_bias)
+        )
         return d_rows * factor.to(d_rows.dtype), *of_head, None, None, None
 
 
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, in place; None stands for zeros."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
+
+
 def _filled_up(matrix: Tensor, bias: Tensor | None, more: int) -> tuple[Tensor, Tensor]:
-    """The head with so many symbols more, of probability 0."""
+    """The head with `more` symbols more, of probability 0."""
     bias = matrix.new_zeros(len(matrix)) if bias is None else bias
     return F.pad(matrix, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf)
 
@@ -159,10 +164,14 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[
 def _in_one_pass(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The same without a scattered write, for a compiler that fuses what is element-wise."""
     scores, targets = logits.float(), targets.unsqueeze(-1)
-    normaliser = scores.logsumexp(-1, keepdim=True)
+    # Written out: what logsumexp does about infinities hides from the compiler that this is a softmax, of which it can
+    # make maximum and sum in one reading.
+    top = scores.amax(-1, keepdim=True)
+    shifted = scores - top
+    normalizer = shifted.exp().sum(-1, keepdim=True).log()
     hit = torch.arange(logits.shape[-1], device=logits.device) == targets
-    gradient = ((scores - normaliser).exp() - hit.float()) * weight.unsqueeze(-1)
-    return (normaliser - scores.gather(-1, targets)).squeeze(-1), gradient.to(logits.dtype)
+    gradient = ((shifted - normalizer).exp() - hit.float()) * weight.unsqueeze(-1)
+    return (normalizer - (scores.gather(-1, targets) - top)).squeeze(-1), gradient.to(logits.dtype)
 
 
 def _compiled(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from vmd_scale.model.attention import Flash, Mask, apply_rotary, attention, flash_kernels
+from vmd_scale.model.attention import Flash, Mask, apply_rotary, attention, resolved
 
 
 class Norm(nn.Module):
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         # Found here, not in the forward pass: a compiler would trace the search.
-        self.kernel = flash_kernels(width // heads) or "sdpa" if kernel == "flash" else kernel
+        self.kernel = resolved(kernel, width // heads)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -209,7 +209,7 @@ class Stack(nn.ModuleList):
 
     @property
     def kernel(self) -> str | Flash:
-        """Of attention; blocks of one's own get masks."""
+        """The kernel of attention; blocks of one's own get masks."""
         block = self[0]
         return block.attention.kernel if isinstance(block, Block) else "sdpa"
 

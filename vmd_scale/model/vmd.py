@@ -33,20 +33,20 @@ class VMD(nn.Module):
 
     @property
     def stacks(self) -> list[Stack]:
-        """Of the networks that there are."""
+        """The blocks of each network that there is."""
         networks = (self.denoiser, self.encoder, self.prior_network)
         return [network.blocks for network in networks if network is not None]
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
-        """torch.compile of the blocks alone: of one shape, all layers of a network share what is compiled.
+        """torch.compile of blocks and last norms alone: of one shape, all layers of a network share what is compiled.
 
         Of `forward`, not by `block.compile`, which would take hooks along: ZeRO-3's gather weights and break the graph.
 
         `dynamic`: false where shapes never change; None compiles again, for any number of rows, when they first do.
         """
-        for stack in self.stacks:
-            for block in stack:
-                block.forward = torch.compile(block.forward, dynamic=dynamic)
+        for network in (self.denoiser, self.encoder, self.prior_network):
+            for module in () if network is None else (*network.blocks, network.norm):
+                module.forward = torch.compile(module.forward, dynamic=dynamic)
 
     def attention_kernels(self, dtype: torch.dtype, padded: bool, sampling: bool = False) -> dict[str, str]:
         """Their names, by network.

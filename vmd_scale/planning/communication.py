@@ -7,8 +7,10 @@ Traeff, Parallel Computing 35, 2009), which is what NCCL changes to where the ri
 """
 
 import math
+from typing import NamedTuple
 
 from vmd_scale.planning.hardware import GPU
+from vmd_scale.planning.zero import Zero
 
 INSIDE_LATENCY = 3e-6  # seconds a step, between the GPUs of a node
 BETWEEN_LATENCY = 12e-6  # between nodes, with the collective library's own share
@@ -42,25 +44,49 @@ def all_gather(size: float, ranks: int, gpu: GPU) -> float:
     return max(inside, between) + (local - 1) * INSIDE_LATENCY + (nodes - 1) * BETWEEN_LATENCY
 
 
-def seconds_per_step(
-    stage: int, weights: float, gradients: float, micro_batches: int, layers: int, ranks: int, gpu: GPU
-) -> tuple[float, float]:
-    """Seconds of communication of an optimizer step: what can hide behind computation, and what cannot.
+class Communication(NamedTuple):
+    """Seconds of an optimizer step, by the computation that they can hide behind."""
+
+    forward: float
+    backward: float
+    alone: float  # behind none
+
+    def exposed(self, forward: float, backward: float, hidden: float) -> float:
+        """What is not hidden.
+
+        Args:
+            forward, backward: seconds of computation that it may travel beside.
+            hidden: at most this share of it is.
+        """
+        beside_forward, beside_backward = min(hidden * self.forward, forward), min(hidden * self.backward, backward)
+        return sum(self) - beside_forward - beside_backward
+
+
+def communication_of(
+    zero: Zero, parameters: int, micro_batches: int, layers: int, ranks: int, gpu: GPU
+) -> Communication:
+    """Of an optimizer step.
 
     Args:
-        weights: bytes of them in the precision of the forward pass; gradients: bytes in the one they travel in.
         micro_batches: accumulated in a step. Stages 2 and 3 reduce the gradients of each of them.
         layers: messages that the weights of stage 3 are gathered in.
     """
     if ranks == 1:
-        return 0.0, 0.0
-    if stage == 0:
-        return all_reduce(gradients, ranks, gpu), 0.0
-    updated = all_gather(weights, ranks, gpu)  # after the optimizer, before the next forward
-    if stage < 3:  # DeepSpeed 0.19 sums all gradients on all ranks, of which each keeps its part; stage 2 at once
-        return (micro_batches if stage == 2 else 1) * all_reduce(gradients, ranks, gpu), updated
-    gathered = 2 * layers * all_gather(weights / layers, ranks, gpu)  # forward, and again backward
-    return micro_batches * (gathered + all_gather(gradients, ranks, gpu)), 0.0
+        return Communication(0.0, 0.0, 0.0)
+    weights, gradients = zero.low * parameters, zero.sent * parameters
+    # Stages 2 and 3 reduce gradients bucket by bucket, the last one when the backward pass has ended; and so does stage
+    # 1 in a step's last micro-batch, where it overlaps.
+    bucket = zero.bucket(parameters)
+    last = (parameters % bucket or bucket) / parameters
+    if zero.stage == 3:
+        gathered = micro_batches * layers * all_gather(weights / layers, ranks, gpu)  # forward, and again backward
+        reduced = micro_batches * all_gather(gradients, ranks, gpu)
+        return Communication(gathered, gathered + (1 - last) * reduced, last * reduced)
+    # DeepSpeed 0.19 sums all gradients on all ranks, of which each keeps its part; stage 2 at once.
+    times = micro_batches if zero.stage == 2 else 1
+    reduced = times * (all_gather if zero.scattered else all_reduce)(gradients, ranks, gpu)
+    updated = all_gather(weights, ranks, gpu) if zero.stage > 0 else 0.0  # after the optimizer, before the next forward
+    return Communication(0.0, (1 - last) * reduced, last * reduced + updated)
 
 
 def _nodes(ranks: int, gpu: GPU) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The whole plan of a run: fits it, how fast, how long, how dear, on how many GPUs."""
+"""A run on paper: does it fit, how fast is it, how long does it take, what does it cost."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,15 +7,17 @@ from typing import Any
 from vmd_scale.config import Config
 from vmd_scale.model import Architecture
 from vmd_scale.planning.activations import Kept, count_parameters, kept_of, without_memory
-from vmd_scale.planning.communication import seconds_per_step
+from vmd_scale.planning.communication import communication_of
+from vmd_scale.planning.computation import FEW_TOKENS, passes_seconds, update_seconds
 from vmd_scale.planning.flops import FlopsPerToken
 from vmd_scale.planning.hardware import GPU
 from vmd_scale.planning.memory import Memory, memory_of
-from vmd_scale.planning.workload import fitting_micro_batch, flops_of
+from vmd_scale.planning.workload import denoiser_passes, fitting_micro_batch, flops_of
+from vmd_scale.planning.zero import Zero
 
 USABLE = 0.92  # of a GPU's memory: the rest goes to the CUDA context, the collectives and fragmentation
-ATTAINED_MFU = 0.4  # what computation alone is expected to reach, unless said otherwise
-HIDDEN = 0.7  # share of the gradients' communication that runs beside the backward pass
+ATTAINED_MFU = 0.4  # what forward and backward pass alone are expected to reach, unless said otherwise
+HIDDEN = 0.7  # share of what is sent in the meantime that costs no time
 CURVE = (1, 8, 64, 256, 512, 1024, 2048, 4096)
 
 
@@ -27,7 +29,10 @@ class Speed:
     rows_in_step: int
     micro_batch: int
     fits: bool  # into the memory of a GPU
+    divides: bool  # whether the GPUs share the configured batch evenly; else this is of the next batch that they do
+    few_tokens: bool  # in a micro-batch: launching kernels takes time that is not counted
     step_seconds: float
+    update_seconds: float  # of a step: gradients, optimizer and average in the GPU's memory
     exposed_seconds: float  # of a step: communication that no computation hides
     tokens_per_second: float
     mfu: float
@@ -36,8 +41,8 @@ class Speed:
 
     @property
     def efficiency(self) -> float:
-        """Against GPUs that need not talk to each other."""
-        return 1 - self.exposed_seconds / self.step_seconds
+        """Share of a step that is spent in forward and backward pass."""
+        return 1 - (self.update_seconds + self.exposed_seconds) / self.step_seconds
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "efficiency": self.efficiency}
@@ -65,76 +70,79 @@ class Plan:
         training = self.config.training
         return training.steps * training.global_batch * self.config.data.row_length
 
+    @property
+    def peak_flops(self) -> float:
+        """Of a GPU, a second, in the precision of the plan."""
+        return self.gpu.peak_flops[self.precision]
+
+    def rows_in_step(self, gpus: int) -> int:
+        """The global batch, or the next number of rows that these GPUs can share evenly."""
+        return -(-self.config.training.global_batch // gpus) * gpus
+
     def memory(self, gpus: int, stage: int | None = None, micro_batch: int | None = None) -> Memory:
         config = _with(self.config, stage, micro_batch)
         return memory_of(config, self.architecture, gpus, self.precision, on_gpu=True, kept=self.kept)
 
     def largest_micro_batch(self, gpus: int, stage: int | None = None) -> int:
-        """Rows that fit; 0 if not even one does."""
-        fits = 0
-        step = 1 << 24
+        """Rows that fit, of those that a GPU has in a step; 0 if not even one does."""
+        of_rank, fits = self.rows_in_step(gpus) // gpus, 0
+        step = 1 << of_rank.bit_length()
         while step:
-            if self.memory(gpus, stage, fits + step).total <= self.room:
+            if fits + step <= of_rank and self.memory(gpus, stage, fits + step).total <= self.room:
                 fits += step
             step //= 2
         return fits
 
     def speed(self, gpus: int, stage: int | None = None, rows: int | None = None) -> Speed:
-        """With `rows` in a step: by default the global batch, or the next number that these GPUs can share evenly."""
-        training, length = self.config.training, self.config.data.row_length
-        rows = rows or -(-training.global_batch // gpus) * gpus
-        of_rank = rows // gpus
-        micro_batch = fitting_micro_batch(training.micro_batch, of_rank, 1) or 1
-        compute = of_rank * length * self.flops.total / (self.gpu.peak_flops * self.mfu)
-        if training.activation_checkpointing == "full":
-            compute *= 4 / 3  # every forward is made twice
-        low = 2 if self.precision == "bf16" else 4
-        stage = self.config.zero_stage if stage is None else stage
-        hideable, exposed = seconds_per_step(
-            stage,
-            low * self.parameters,
-            4 * self.parameters,  # accumulated and reduced in fp32
-            of_rank // micro_batch,
-            self.architecture.layers,
-            gpus,
-            self.gpu,
-        )
-        overlaps = self.config.deepspeed.get("zero_optimization", {}).get("overlap_comm", stage == 3)
-        hidden = min(HIDDEN * hideable, 2 / 3 * compute) if overlaps else 0.0  # the backward pass is two thirds
-        exposed += hideable - hidden
-        tokens_per_second = rows * length / (compute + exposed)
+        """`rows`: of a step, where not `rows_in_step`."""
+        config, length = _with(self.config, stage, None), self.config.data.row_length
+        zero, training = Zero.of(config, self.precision), config.training
+        rows = rows or self.rows_in_step(gpus)
+        micro_batch = fitting_micro_batch(training.micro_batch, rows, gpus) or 1
+        micro_batches = rows // gpus // micro_batch
+        forward, backward = passes_seconds(config, self.architecture, zero, micro_batch, self.peak_flops * self.mfu)
+        update = update_seconds(zero, self.parameters, micro_batches, training.ema_decay > 0, gpus, self.gpu)
+        sent = communication_of(zero, self.parameters, micro_batches, self.architecture.layers, gpus, self.gpu)
+        passes = micro_batches if zero.stage > 1 else 1  # of forward and backward, in which anything is sent
+        exposed = sent.exposed(passes * forward, passes * backward, HIDDEN if zero.overlaps else 0.0)
+        seconds = micro_batches * (forward + backward) + update + exposed
+        tokens_per_second = rows * length / seconds
         days = self.tokens / tokens_per_second / 86_400
         return Speed(
             gpus=gpus,
             rows_in_step=rows,
             micro_batch=micro_batch,
             fits=self.memory(gpus, stage, micro_batch).total <= self.room,
-            step_seconds=compute + exposed,
+            divides=training.global_batch % gpus == 0,
+            few_tokens=micro_batch * length * denoiser_passes(config, micro_batch) < FEW_TOKENS,
+            step_seconds=seconds,
+            update_seconds=update,
             exposed_seconds=exposed,
             tokens_per_second=tokens_per_second,
-            mfu=tokens_per_second * self.flops.total / (gpus * self.gpu.peak_flops),
+            mfu=tokens_per_second * self.flops.total / (gpus * self.peak_flops),
             days=days,
             price=days * 24 * gpus * self.gpu.price,
         )
 
     def weak_efficiency(self, gpus: int) -> float:
         """Where the batch grows with the GPUs: at least a micro-batch each."""
-        of_rank = max(-(-self.config.training.global_batch // gpus), self.config.training.micro_batch)
+        of_rank = max(self.rows_in_step(gpus) // gpus, self.config.training.micro_batch)
         return self.speed(gpus, rows=gpus * of_rank).efficiency
 
     def curve(self, counts: Sequence[int] = CURVE) -> list[Speed]:
         return [self.speed(count) for count in counts]
 
     def to_dict(self, gpus: int) -> dict[str, Any]:
-        stages = {
-            str(stage): {
-                "memory": asdict(self.memory(gpus, stage)),
-                "total": self.memory(gpus, stage).total,
+        stages = {}
+        for stage in range(4):
+            speed = self.speed(gpus, stage)
+            memory = self.memory(gpus, stage, speed.micro_batch)
+            stages[str(stage)] = {
+                "memory": asdict(memory),
+                "total": memory.total,
                 "largest_micro_batch": self.largest_micro_batch(gpus, stage),
-                "expected": self.speed(gpus, stage).to_dict(),
+                "expected": speed.to_dict(),
             }
-            for stage in range(4)
-        }
         return {
             "parameters": {"denoiser": self.denoiser, "encoder": self.parameters - self.denoiser},
             "tokens": self.tokens,

@@ -19,7 +19,7 @@ CURVES = {
         "nats per token",
         "Without the KL: to be compared where the steps T are the same.",
     ),
-    "loss": ("Loss", "nats per token", "What each run minimises: comparable only where the objectives are the same."),
+    "loss": ("Loss", "nats per token", "What each run minimizes: comparable only where the objectives are the same."),
     "kl": ("KL of the latent", "nats per token", "Of the runs that have a latent."),
     "tokens_per_second": ("Throughput", "tokens/s", "Over all ranks of each run."),
 }

@@ -100,7 +100,7 @@ def figures_of(run: Run) -> dict[str, Picture]:
     if config.diffusion.objective == "vmd":
         caption = "With objective vmd the loss is the papers' training surrogate. It is not a bound."
     else:
-        caption = "The loss is what training minimises, over all T of diffusion.steps and with the KL weight of the "
+        caption = "The loss is what training minimizes, over all T of diffusion.steps and with the KL weight of the "
         caption += "step. It is a noisy average, not a number to quote."
     curves = {"loss": "loss", "reconstruction": "reconstruction"}
     if run.events:
@@ -295,13 +295,13 @@ def _validation_panel(axes: Axes, results: Sequence[Result], unit: str) -> None:
 
 
 def legend_name(name: str) -> str:
-    """Of a run, as the label of a curve: matplotlib leaves those that begin with an underscore out of its legends."""
+    """A run's name as the label of a curve: matplotlib omits those that begin with an underscore from its legends."""
     shown = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2]}…{name[-LONGEST_NAME // 2 :]}"
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
 def finish_axes(axes: Axes, from_zero: bool = False, large: bool = False) -> None:
-    """Of curves against the step, with a label each; `large` numbers are written as 20k."""
+    """Finish the axes of labeled curves against the step; `large` numbers are written as 20k."""
     if from_zero:
         axes.set_ylim(bottom=0)
     if large:

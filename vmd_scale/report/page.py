@@ -166,7 +166,7 @@ def _state(run: Run) -> str:
 def _standing(run: Run) -> str:
     """What is recorded, as HTML; empty where nothing is, or where the metrics say it."""
     if run.has_died:
-        return "running, but its processes are gone (killed, or out of memory): call it again to go on"
+        return "running, but its processes are gone (killed, or out of memory): run it again to continue"
     if run.status is None or (run.status.state == "finished" and run.metrics):
         return ""
     return run.status.state + (f": {html.escape(run.status.reason)}" if run.status.reason else "")

@@ -18,7 +18,7 @@ from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.evaluation.perplexity import Request, chosen_rows, evaluate
 from vmd_scale.model import VMD
-from vmd_scale.reproduction.task import Measure, Measurement, Model
+from vmd_scale.reproduction.task import Measure, MeasuredModel, Measurement
 
 BATCH = 2048
 SEED = 1_000_003  # not a training seed: samples and bounds meet no noise that the model was trained with
@@ -80,28 +80,28 @@ def listed(distribution: Distribution) -> Measure:
     With z fixed, and where there are several steps, with a fresh z at each.
     """
 
-    def measure(model: Model) -> list[Measurement]:
+    def measure(model: MeasuredModel) -> list[Measurement]:
         rows, p = distribution(model.variant)
         a, law, found = model.trained.model.architecture, _law(model), []
         for per_block in [t for t in (1, 2, 4) if t <= a.row_length // a.groups]:
             for latent in _latents(model, per_block):
-                of = partial(Measurement, steps=per_block * a.groups, latent=latent, law=law)
+                measurement = partial(Measurement, steps=per_block * a.groups, latent=latent, law=law)
                 for tokens, x in _samples(model, per_block, law, latent):
                     counts = count_rows(rows, x, a.vocab_size)
                     right = 1 - counts[-1] / counts.sum()
                     error = math.sqrt(right * (1 - right) / len(x))
-                    found.append(of("accuracy", right, tokens=tokens, standard_error=error))
-                    found.append(of("kl", kl_divergence(p, counts), tokens=tokens))
+                    found.append(measurement("accuracy", right, tokens=tokens, standard_error=error))
+                    found.append(measurement("kl", kl_divergence(p, counts), tokens=tokens))
                 k, copies = model.sizes.importance_samples, max(2, model.sizes.rows // len(rows))
                 sampler = _sampler(per_block, law, latent=latent)
                 bound, error = exact_bound(model.trained.model, rows, p, sampler, copies, k)
-                found.append(of("bound_nats", bound, k=k, standard_error=error))
+                found.append(measurement("bound_nats", bound, k=k, standard_error=error))
         return found
 
     return measure
 
 
-def toy2d(model: Model) -> list[Measurement]:
+def toy2d(model: MeasuredModel) -> list[Measurement]:
     """Jensen-Shannon divergence between samples and the exact distribution on the grid, and that of exact draws."""
     exact, count, found = toy2d_distribution(model.variant).ravel(), model.sizes.samples, []
 
@@ -109,14 +109,14 @@ def toy2d(model: Model) -> list[Measurement]:
         return js_divergence(exact, np.bincount(x[:, 0] * GRID + x[:, 1], minlength=GRID * GRID) / len(x))
 
     for steps, law in ((1, "balanced"), (5, "bernoulli"), (5, "balanced")):
-        of = partial(Measurement, steps=steps, latent=_latent(model), law=law)
+        measurement = partial(Measurement, steps=steps, latent=_latent(model), law=law)
         for tokens, x in _samples(model, steps, law):
-            found.append(of("js", divergence(x), tokens=tokens))
+            found.append(measurement("js", divergence(x), tokens=tokens))
     floor = divergence(toy2d_draws(model.variant, "as many draws as samples", count))
     return [*found, Measurement("js_of_exact_draws", floor, steps="", latent="", law="")]
 
 
-def solved(model: Model) -> list[Measurement]:
+def solved(model: MeasuredModel) -> list[Measurement]:
     """Share of puzzles of which every cell is right, on every set of puzzles that there is."""
     own = model.trained.config.data
     found = []
@@ -126,9 +126,11 @@ def solved(model: Model) -> list[Measurement]:
             for steps in (5, 10, 20):
                 for tokens in ("argmax", "drawn"):
                     right = _right_rows(model, reader, _sampler(steps, law, tokens)).double()
-                    of = partial(Measurement, steps=steps, latent=_latent(model), law=law, tokens=tokens, split=name)
+                    measurement = partial(
+                        Measurement, steps=steps, latent=_latent(model), law=law, tokens=tokens, split=name
+                    )
                     error = float(right.std() / math.sqrt(len(right)))
-                    found.append(of("accuracy", float(right.mean()), standard_error=error))
+                    found.append(measurement("accuracy", float(right.mean()), standard_error=error))
     return found
 
 
@@ -143,7 +145,7 @@ def bounds(
     """
     perplexity = metric == "perplexity"
 
-    def measure(model: Model) -> list[Measurement]:
+    def measure(model: MeasuredModel) -> list[Measurement]:
         trained, groups = model.trained, model.trained.model.architecture.groups
         size = trained.model.architecture.row_length // groups
         with_surrogate = surrogate and trained.config.diffusion.objective == "vmd"
@@ -182,22 +184,22 @@ def bounds(
         if nats is not None and error is not None:
             value = math.exp(nats) if perplexity else nats / math.log(2)
             error *= value if perplexity else 1 / math.log(2)
-            of = partial(Measurement, steps="inf", latent="fixed", law=request.paths, split=split)
-            found.append(of(f"{metric}_vmd_surrogate", value, standard_error=error))
+            measurement = partial(Measurement, steps="inf", latent="fixed", law=request.paths, split=split)
+            found.append(measurement(f"{metric}_vmd_surrogate", value, standard_error=error))
         return found
 
     return measure
 
 
-def _law(model: Model) -> str:
+def _law(model: MeasuredModel) -> str:
     return model.trained.config.diffusion.paths
 
 
-def _latent(model: Model) -> str:
+def _latent(model: MeasuredModel) -> str:
     return "fixed" if model.trained.model.architecture.latent_width else "none"
 
 
-def _latents(model: Model, steps: float) -> tuple[str, ...]:
+def _latents(model: MeasuredModel, steps: float) -> tuple[str, ...]:
     """The ways to draw z. In one step a new one at each is the same as one for all."""
     return ("fixed", "fresh") if _latent(model) == "fixed" and steps > 1 else (_latent(model),)
 
@@ -207,7 +209,7 @@ def _sampler(steps: float, law: str, tokens: str = "drawn", latent: str = "fixed
     return Sampler(steps, "fresh" if latent == "fresh" else "fixed", law, 0.0 if tokens == "argmax" else 1.0)
 
 
-def _samples(model: Model, steps: float, law: str, latent: str = "fixed") -> Iterator[tuple[str, np.ndarray]]:
+def _samples(model: MeasuredModel, steps: float, law: str, latent: str = "fixed") -> Iterator[tuple[str, np.ndarray]]:
     """int64 [N, L] for each way of taking tokens. Without z, the most probable ones are the same in every sample."""
     for tokens in ("argmax", "drawn") if model.trained.model.architecture.latent_width else ("drawn",):
         sampler = _sampler(steps, law, tokens, latent)
@@ -216,7 +218,7 @@ def _samples(model: Model, steps: float, law: str, latent: str = "fixed") -> Ite
         yield tokens, torch.cat(parts).numpy()
 
 
-def _right_rows(model: Model, reader: ShardReader, sampler: Sampler) -> Tensor:
+def _right_rows(model: MeasuredModel, reader: ShardReader, sampler: Sampler) -> Tensor:
     """Whether each row, drawn again from what is given in it, is as it was: bool [N]."""
     right = []
     for batch in evaluation_batches(reader, chosen_rows(reader.rows, model.sizes.rows), 256):

@@ -26,7 +26,7 @@ from vmd_scale.errors import UserError
 from vmd_scale.files import write_json
 from vmd_scale.processes import end_with_parent
 from vmd_scale.provenance import hardware, today
-from vmd_scale.reproduction.task import Measurement, Model, Sizes, Task
+from vmd_scale.reproduction.task import MeasuredModel, Measurement, Sizes, Task
 from vmd_scale.reproduction.tasks import TASKS
 from vmd_scale.training.launch import free_port
 from vmd_scale.training.same_run import MOVABLE
@@ -198,7 +198,7 @@ def run_job(job: Job) -> Measured:
         train(job)
     task, device = TASKS[job.task], "cuda" if torch.cuda.is_available() else "cpu"
     trained = load_trained(find_checkpoint(job.folder / "checkpoints" / wanted), device=device)
-    measured = task.measure(Model(trained, job.variant, job.sizes, task.other_data(job.config, job.sizes)))
+    measured = task.measure(MeasuredModel(trained, job.variant, job.sizes, task.other_data(job.config, job.sizes)))
     result = Measured(tuple(measured), today(), hardware())
     write_json(done, {"asked": asked, **asdict(result)})
     return result

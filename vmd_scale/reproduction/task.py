@@ -122,7 +122,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Model:
+class MeasuredModel:
     """A model of a task, trained: what a measure is given."""
 
     trained: TrainedModel
@@ -131,7 +131,7 @@ class Model:
     other_data: Mapping[str, DataConfig]  # prepared, by name
 
 
-Measure = Callable[[Model], Sequence[Measurement]]
+Measure = Callable[[MeasuredModel], Sequence[Measurement]]
 Plot = Callable[[Sequence[Row], Path], bool]  # whether there was anything to draw
 
 

@@ -1,8 +1,8 @@
 """What transformers' AutoTokenizer reads: tokenizer.json with the mask in it, and tokenizer_config.json.
 
 The mask of the diffusion belongs to no tokenizer of ours (see the package), but a stranger wants to write "a [MASK] b".
-So the exported tokenizer.json has one token more than what it was made from, which lies beside it: that is what this
-project reads, and what gives a run that goes on from an exported folder the same fingerprint.
+So the exported tokenizer.json has one token more than what it was made from, which is beside it: that is what this
+project reads, and what gives a run that continues from an exported folder the same fingerprint.
 """
 
 import json
@@ -31,7 +31,7 @@ def exported_files(
         serialized: a tokenizer.json that knows no mask.
         specials: bos_token, eos_token, pad_token, unk_token.
         original: name of the file that this project reads instead.
-        joins_spaces: whether a space is part of the token behind it. Then the mask stands for it too, as in RoBERTa:
+        joins_spaces: whether a space is part of the token after it. Then the mask stands for it too, as in RoBERTa:
             "a [MASK] b" is a, the mask, " b".
 
     Raises:
@@ -56,7 +56,7 @@ def exported_files(
 def with_mask(serialized: str, mask_id: int, joins_spaces: bool = False) -> str:
     """A tokenizer.json in which "[MASK]" is `mask_id`, and which, like training, puts no tokens around a text.
 
-    A "[MASK]" that the vocabulary has already, BERT's, which was never trained here, gives up its name.
+    A "[MASK]" that the vocabulary has already, BERT's, which was never trained here, is renamed.
 
     Raises:
         RuntimeError: the library gives the mask another id.
@@ -75,7 +75,7 @@ def with_mask(serialized: str, mask_id: int, joins_spaces: bool = False) -> str:
 
 
 def _rename(description: dict[str, Any], old: str, new: str) -> None:
-    """Of a token, in place, if there is one of that name."""
+    """Rename a token, in place, if there is one of that name."""
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, dict):
         if old in vocabulary:

@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
 
     def _decode_run(self, run: list[int], first: bool) -> str:
         text = self._processor.decode(run)
-        # SentencePiece drops the word boundary in front of a text; behind a mask it is wanted.
+        # SentencePiece drops the word boundary in front of a text; after a mask it is wanted.
         boundary = bool(run) and not first and self._processor.id_to_piece(run[0]).startswith("\u2581")
         return " " + text if boundary else text
 

@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
 
 @dataclass
-class Model:
+class SentencePieceModel:
     """What sentencepiece_model.proto calls ModelProto, as far as it decides ids. Defaults are the format's."""
 
     pieces: list[tuple[str, float, Kind]] = field(default_factory=list)
@@ -76,7 +76,7 @@ def unigram_as_json(model: bytes) -> str | None:
     return tokenizer.to_str()
 
 
-def _vocabulary(parsed: Model) -> list[tuple[str, float]]:
+def _vocabulary(parsed: SentencePieceModel) -> list[tuple[str, float]]:
     """With the scores that SentencePiece uses: a user's symbol always wins over its parts.
 
     What is no text has the lowest one, from which the score of unknown characters is counted.
@@ -95,7 +95,7 @@ def _vocabulary(parsed: Model) -> list[tuple[str, float]]:
     ]
 
 
-def _normalizers(parsed: Model) -> Iterator[normalizers.Normalizer]:
+def _normalizers(parsed: SentencePieceModel) -> Iterator[normalizers.Normalizer]:
     """Where a table of normalization is applied, the library gives it a letter with all its marks.
 
     It then replaces the letter and drops the marks that the table does not know on it, or knows only some of. So what
@@ -118,9 +118,9 @@ def _normalizers(parsed: Model) -> Iterator[normalizers.Normalizer]:
         yield normalizers.Prepend(SPACE)
 
 
-def parse(model: bytes) -> Model:
+def parse(model: bytes) -> SentencePieceModel:
     """Raises `ValueError` for bytes that are no protocol buffer."""
-    parsed = Model()
+    parsed = SentencePieceModel()
     for number, value in _fields(model):
         if number == 1:
             of_piece = dict(_fields(value))

@@ -90,7 +90,14 @@ class Checkpointer:
             frozen = copy_to_host(share, {"frozen": self.master.frozen_exact}, self._buffers["weights"])
             contents.setdefault(f"weights-{of_rank}", {}).update(frozen)
         updates = self.master.optimizer_updates()
-        run_state = {**state, "step": step, "optimizer_state": sorted(optimizer), "optimizer_updates": updates}
+        run_state = {
+            **state,
+            "step": step,
+            "best_bound": min(bound, self.best_bound),
+            "ema_updates": 0 if self.ema is None else self.ema.updates,
+            "optimizer_state": sorted(optimizer),
+            "optimizer_updates": updates,
+        }
         self._writer = _Writer(
             staging, step, contents, shapes_of([*fragments, *share]), run_state if self.world.is_main else None, bound
         )
@@ -225,9 +232,9 @@ class Checkpointer:
         _throw_away(newer)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Restore weights, their average and the optimizer's state from a verified checkpoint; returns its run state.
+        """Restore weights, their average, the optimizer's state and the best bound from a verified checkpoint.
 
-        Whatever world size, ZeRO stage and precision wrote it.
+        Whatever world size, ZeRO stage and precision wrote it. Returns its run state.
 
         Raises:
             UserError: it is not of this model, or of a version that kept the optimizer's state elsewhere.
@@ -251,6 +258,7 @@ class Checkpointer:
         load_fragments(moments, fragments, optimizer, self.world)
         self.master.publish()
         self.master.resumed_at(state["step"], state["skipped_steps"])
+        self.resume_best(state["best_bound"])
         return state
 
     def _damage_of(self, checkpoint: Path) -> str | None:

@@ -12,7 +12,7 @@ class ShardedEMA:
     """Each rank averages the partition that it owns.
 
     The decay after n updates is min(decay, (1 + n) / (10 + n)), so that short runs are not dominated by the
-    initialisation.
+    initialization.
     """
 
     def __init__(self, master: ShardedMaster, decay: float) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from vmd_scale.config import Config
+from vmd_scale.data.loader import accumulation_steps
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.model.layers import Block
 from vmd_scale.planning.memory import BUCKET
-from vmd_scale.planning.workload import fitting_micro_batch
 from vmd_scale.precision import DTYPES, precision_on
 from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
@@ -45,35 +45,18 @@ def resolve_precision(config: Config, device: torch.device) -> str:
     return precision_on(device, config.training.precision)
 
 
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches that one rank computes in a step.
-
-    Raises:
-        UserError: the global batch does not divide evenly.
-    """
-    rows, micro_batch = config.training.global_batch, config.training.micro_batch
-    per_pass = micro_batch * world_size
-    if rows % per_pass:
-        fitting = fitting_micro_batch(micro_batch, rows, world_size)
-        way_out = f"training.micro_batch={fitting} fits" if fitting else "take a number of ranks that divides it"
-        raise UserError(
-            f"training.global_batch ({rows}) must be a multiple of training.micro_batch ({micro_batch}) x the number "
-            f"of ranks ({world_size}) = {per_pass}; {way_out}"
-        )
-    return rows // per_pass
-
-
 def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[str, Any]:
     """The user's `deepspeed` section, completed by what the run derives.
 
     Raises:
-        UserError: a key there contradicts one of ours; both are named.
+        UserError: a key there contradicts one of ours; both are named. Also see `accumulation_steps`.
     """
     training = config.training
+    accumulation = accumulation_steps(training.global_batch, training.micro_batch, world_size)
     derived: dict[str, tuple[Any, str]] = {
         "train_batch_size": (training.global_batch, "training.global_batch"),
         "train_micro_batch_size_per_gpu": (training.micro_batch, "training.micro_batch"),
-        "gradient_accumulation_steps": (accumulation_steps(config, world_size), "training.global_batch"),
+        "gradient_accumulation_steps": (accumulation, "training.global_batch"),
         "gradient_clipping": (training.gradient_clip, "training.gradient_clip"),
     }
     result = copy.deepcopy(config.deepspeed)
@@ -114,7 +97,9 @@ def deepspeed_config(config: Config, world_size: int, precision: str) -> dict[st
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         result.setdefault("zero_force_ds_cpu_optimizer", False)  # ours, rather than one that is compiled for minutes
     # DeepSpeed's defaults for these have changed between versions.
-    result["bf16"] = {"check_grad_overflow": True, **result.get("bf16", {}), "enabled": precision == "bf16"}
+    # Gradients are added to the fp32 ones as soon as they are there, and not kept beside them.
+    bf16 = {"check_grad_overflow": True, "immediate_grad_update": True}
+    result["bf16"] = {**bf16, **result.get("bf16", {}), "enabled": precision == "bf16"}
     result.setdefault("communication_data_type", "fp32")  # else gradients are rounded to bf16 before they are summed
     result["data_types"] = {"grad_accum_dtype": "fp32", **result.get("data_types", {})}
     result["zero_optimization"] = {"overlap_comm": stage == 3, **result.get("zero_optimization", {}), "stage": stage}
@@ -189,7 +174,7 @@ def gather_whole_blocks(model: VMD) -> bool:
     """Stage 3: DeepSpeed's hooks around each block only, instead of around its layers too, where they break its graph.
 
     It costs the memory of a whole block's weights and gradients: for a compiler alone. DeepSpeed then takes a block's
-    gradients when the one of the block's input is there. A block whose input needs none (behind frozen embeddings)
+    gradients when the one of the block's input is there. A block whose input needs none (after frozen embeddings)
     would lose them, and of blocks that are not ours nothing is known.
 
     Returns whether it is done: not if anything is frozen, or some block is of another kind.
@@ -255,4 +240,8 @@ def build_engine(config: Config, model: VMD, world: World, precision: str) -> An
         config=settings,
         dist_init_required=False,
     )
+    if precision == "bf16" and config.zero_stage == 1:
+        from vmd_scale.training.lean_bf16 import make_lean
+
+        make_lean(engine)
     return engine

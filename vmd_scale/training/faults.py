@@ -13,7 +13,7 @@ THRESHOLD = 8.0  # in robust standard deviations: losses of masked diffusion sca
 
 
 class SpikeDetector:
-    """Tells whether a loss lies far above those before it: median + 8 robust deviations, over 64 logged steps."""
+    """Tells whether a loss is far above those before it: median + 8 robust deviations, over 64 logged steps."""
 
     def __init__(self, losses: Iterable[float] = ()) -> None:
         self._losses: deque[float] = deque(losses, maxlen=WINDOW)
@@ -47,7 +47,7 @@ class Watchdog:
         self._seconds = seconds
 
     def progress(self) -> None:
-        """A step, an evaluation or a save was finished: the time begins anew."""
+        """A step, an evaluation or a save was finished: the time starts over."""
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 

@@ -118,17 +118,17 @@ def _failure(do: Callable[[], object]) -> UserError | RunFailed | None:
 
 
 def rank_from_environment() -> int:
-    """This process' rank, before anything is initialised."""
+    """This process' rank, before anything is initialized."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0) if _under_srun() else 0))
 
 
 def world_size_from_environment() -> int:
-    """Number of ranks, before anything is initialised."""
+    """Number of ranks, before anything is initialized."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", 1) if _under_srun() else 1))
 
 
 def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
-    """Initialise torch.distributed through DeepSpeed and choose this rank's device and number of threads.
+    """Initialize torch.distributed through DeepSpeed and choose this rank's device and number of threads.
 
     Args:
         timeout: of a collective. Longer than `training.hang_timeout`, it leaves a hang to the watchdog, who knows more.
@@ -137,7 +137,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     from deepspeed.accelerator import get_accelerator
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls by DeepSpeed
-    beside = str(Path(sys.executable).parent)  # ninja lies there, which DeepSpeed calls by name
+    beside = str(Path(sys.executable).parent)  # ninja is there, which DeepSpeed calls by name
     built = Path(sys.prefix) / "torch_extensions"  # DeepSpeed's CPU op, compiled by `make setup`
     if built.is_dir():
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))

@@ -17,7 +17,7 @@ from typing import IO
 from vmd_scale.errors import UserError
 
 LOCK = ".lock"
-PATIENCE = 10.0  # seconds: a run that is called again may meet the last breath of the one before
+PATIENCE = 10.0  # seconds: a run that is started again may find the one before still dying
 PATIENCE_AFTER_REQUEUE = 150.0
 log = logging.getLogger(__name__)
 

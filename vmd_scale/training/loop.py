@@ -12,34 +12,32 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vmd_scale.build import Parts, build_architecture, masks_of
+from vmd_scale.build import Parts, masks_of
 from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.data.loader import Batch, TrainLoader
 from vmd_scale.data.manifest import contents_of, manifests_of
-from vmd_scale.data.mixture import attended_positions, training_rows
+from vmd_scale.data.mixture import training_rows
 from vmd_scale.data.shards import ShardReader, shard_cache
 from vmd_scale.diffusion.objective import TrainingInputs
 from vmd_scale.errors import RunFailed
-from vmd_scale.evaluation.perplexity import Ranks
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.initial_weights import initialize_from
-from vmd_scale.model.attention import Flash
-from vmd_scale.planning.hardware import peak_flops
-from vmd_scale.planning.peaks import peak_of_process
-from vmd_scale.planning.workload import flops_of
 from vmd_scale.precision import describe_kernels
 from vmd_scale.tokenization import Tokenizer
 from vmd_scale.training.checkpoint import Checkpointer
 from vmd_scale.training.ema import ShardedEMA
 from vmd_scale.training.engine import build_engine, resolve_precision
-from vmd_scale.training.faults import SpikeDetector, Watchdog
+from vmd_scale.training.faults import Watchdog
 from vmd_scale.training.launch import World
-from vmd_scale.training.optim import learning_rate_at, set_learning_rates
+from vmd_scale.training.meter import Meter, flops_per_token
+from vmd_scale.training.optim import set_learning_rates
 from vmd_scale.training.preemption import STOPPED_EXIT_CODE, StopRequest
 from vmd_scale.training.preflight import bytes_of_checkpoint
+from vmd_scale.training.progress import Progress
 from vmd_scale.training.same_run import check_same_run
 from vmd_scale.training.status import State, write_status
-from vmd_scale.training.telemetry import Stopwatch, Telemetry
+from vmd_scale.training.telemetry import Telemetry
 from vmd_scale.training.validation import validate
 from vmd_scale.training.zero import ShardedMaster
 from vmd_scale.weight_sources import settled
@@ -80,36 +78,16 @@ class Trainer:
         self.contents = contents_of(manifests)
         self.reader, self.order = training_rows(config.data, training.seed, manifests)
         self.loader = TrainLoader(
-            self.reader,
-            self.order,
-            training.global_batch,
-            training.micro_batch,
-            world.rank,
-            world.size,
-            self._prepare,
+            self.reader, self.order, training.global_batch, training.micro_batch, world.rank, world.size, self._prepare
         )
         self.checkpoints = Checkpointer(
             run_folder / "checkpoints", world, self.master, self.ema, training.keep_checkpoints
         )
         self.stop = StopRequest(run_folder, world.is_main, world.launchers)
         self.watchdog = Watchdog(training.hang_timeout)
-        self.spikes = SpikeDetector()
-        self.tokens = torch.zeros((), dtype=torch.int64, device=world.device)  # counted in all, over all ranks
-        self.skipped_steps = self.skipped_in_a_row = 0
-        self.skipped_batches = 0  # of the sample order, by rolling back: step n is made of batch n + skipped_batches
-        self.rollbacks, self.stopped = 0, False
-        self.owes_evaluation = False  # a stop request has cut short that of the present step
-        a = build_architecture(config, tokenizer.vocab_size)
-        varlen = self.precision == "bf16" and isinstance(model.denoiser.blocks.kernel, Flash)
-        attended = attended_positions(config.data, manifests) if varlen else None
-        self.flops = flops_of(config, a, world.device.type == "cuda", attended)
-        self.peak_flops = peak_flops(world.device)
-
-    @property
-    def unigram_bits_per_token(self) -> float:
-        """Of the split that bounds are computed on, where there is one: what a model without context could reach."""
-        splits = self.contents[0]
-        return splits.get("validation", splits["train"])["unigram_entropy"] / math.log(2)
+        self.progress, self.stopped = Progress.at_start(world.device), False
+        flops = flops_per_token(config, model, tokenizer.vocab_size, self.precision, manifests, world.device)
+        self.meter = Meter(config, world, self.loader, flops)
 
     @functools.cached_property
     def validation_rows(self) -> ShardReader:
@@ -126,18 +104,16 @@ class Trainer:
 
     def _restore(self, checkpoint: Path) -> int:
         state = self.checkpoints.load(checkpoint)
-        now = {"world_size": self.world.size, "zero_stage": self.config.zero_stage, "precision": self.precision}
-        changed = [f"{key} {state[key]} -> {value}" for key, value in now.items() if state[key] != value]
-        self.tokens.fill_(state["tokens"])
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], 0
-        self.skipped_batches = state["skipped_batches"]
-        self.rollbacks = state.get("rollbacks", 0)  # checkpoints of older versions do not know
-        self.checkpoints.resume_best(state["best_bound"])
-        self.spikes = SpikeDetector(state["losses"])
-        self.owes_evaluation = state.get("owes_evaluation", False) and self.config.evaluation.every is not None
+        self.progress = Progress.from_state(state, self.world.device)
+        self.progress.owes_evaluation &= self.config.evaluation.every is not None
+        changed = [f"{key} {state[key]} -> {value}" for key, value in self._changeable().items() if state[key] != value]
         how = f" ({', '.join(changed)})" if changed else ""
         log.info("resumed from %s at step %d%s", checkpoint, state["step"], how)
         return state["step"]
+
+    def _changeable(self) -> dict[str, Any]:
+        """What may be another at every start, and is said then."""
+        return {"world_size": self.world.size, "zero_stage": self.config.zero_stage, "precision": self.precision}
 
     def train(self, first_step: int) -> int:
         """Run to the configured step. Returns the exit code: 0, or `STOPPED_EXIT_CODE` after a stop request.
@@ -147,8 +123,7 @@ class Trainer:
                 cannot be written.
         """
         telemetry = Telemetry(self.run_folder, self.config, self.world.is_main, first_step)
-        self.watch, self.waited = Stopwatch(), self.loader.wait_seconds
-        self.step_at_log, self.tokens_at_log = first_step, int(self.tokens)
+        self.meter.start(first_step, self.progress)
         self.record("running", first_step)
         self.engine.train()
         self.watchdog.progress()
@@ -156,7 +131,7 @@ class Trainer:
             telemetry.event("resumed", first_step, world_size=self.world.size)
         done = first_step
         try:
-            while (done < self.config.training.steps or self.owes_evaluation) and not self.stopped:
+            while (done < self.config.training.steps or self.progress.owes_evaluation) and not self.stopped:
                 done = self._train_until_interrupted(done, telemetry)
             if not self.checkpoints.finish():
                 raise RunFailed(f"the last checkpoint, of step {done}, could not be written; see the log")
@@ -186,8 +161,8 @@ class Trainer:
 
     def _train_until_interrupted(self, done: int, telemetry: Telemetry) -> int:
         """Steps to the end of the run, to a stop request or to a roll-back. Returns the number of completed steps."""
-        config, training, shift = self.config, self.config.training, self.skipped_batches
-        if self.owes_evaluation and self._evaluate_and_save(done, telemetry, self._ask()):
+        config, training, shift = self.config, self.config.training, self.progress.skipped_batches
+        if self.progress.owes_evaluation and self._evaluate_and_save(done, telemetry, self._ask()):
             return done
         for batches in self.loader.steps(done + shift, training.steps + shift):
             asked = self._ask()  # answered while the step is computed
@@ -196,10 +171,10 @@ class Trainer:
             telemetry.step()
             self.watchdog.progress()
             if done % config.telemetry.log_every == 0 or done == training.steps:
-                record = self._metrics(done, losses)
+                record = self.meter.record(done, losses, self.progress, self.master.gradient_norm())
                 telemetry.log(record)
                 if self._is_spike(record, telemetry) and training.loss_spike == "rollback":
-                    with self.watch.paused():
+                    with self.meter.paused():
                         step = self._roll_back(done, telemetry)
                     if step is not None:
                         return step
@@ -214,31 +189,31 @@ class Trainer:
     def _evaluate_and_save(self, done: int, telemetry: Telemetry, asked: Callable[[], list[bool]]) -> bool:
         """What is due after `done` steps. Returns whether the run stops here, on request; `asked` is of `_ask`."""
         training, every = self.config.training, self.config.evaluation.every
-        bound, owed = math.inf, self.owes_evaluation
+        bound, owed = math.inf, self.progress.owes_evaluation
         if owed or (every and done % every == 0):
-            with self.watch.paused():
+            with self.meter.paused():
                 try:
                     bound = self._evaluate(done, telemetry)
                 except StopAgreed:
                     log.warning("step %d: the evaluation is cut short by a stop request; the next start makes it", done)
         stopping, writing = asked()
-        stopping |= self.owes_evaluation  # the same on all ranks
+        stopping |= self.progress.owes_evaluation  # the same on all ranks
         due = stopping or done % training.checkpoint_every == 0 or done == training.steps
         due |= owed or bound < self.checkpoints.best_bound
-        with self.watch.paused():
+        with self.meter.paused():
             if self.checkpoints.pending and (due or not writing):
                 self._publish(done, telemetry)
             if due:
                 self._save(done, bound)
-        self.stopped = stopping and (done < training.steps or self.owes_evaluation)
+        self.stopped = stopping and (done < training.steps or self.progress.owes_evaluation)
         if self.stopped:
             telemetry.event("stopped", done)
         return self.stopped
 
     def _is_spike(self, record: dict[str, Any], telemetry: Telemetry) -> bool:
         """A step that was skipped has done no harm."""
-        ignored = self.config.training.loss_spike == "ignore" or self.skipped_in_a_row
-        if ignored or not self.spikes.is_spike(record["loss"]):
+        ignored = self.config.training.loss_spike == "ignore" or self.progress.skipped_in_a_row
+        if ignored or not self.progress.spikes.is_spike(record["loss"]):
             return False
         log.warning("step %d: the loss, %.4f, is far above those before it", record["step"], record["loss"])
         telemetry.event("spike", record["step"], loss=record["loss"])
@@ -249,7 +224,7 @@ class Trainer:
 
         Returns its step, or None if there is none.
         """
-        if self.rollbacks >= MAX_ROLLBACKS:
+        if self.progress.rollbacks >= MAX_ROLLBACKS:
             raise RunFailed(
                 f"step {done}: the loss rose far above those before it after {MAX_ROLLBACKS} roll-backs; look at the "
                 "data and the learning rate, or go on with training.loss_spike 'warn'"
@@ -261,19 +236,18 @@ class Trainer:
         if found is None:
             log.warning("there is no checkpoint from before the spike: going on")
             return None
-        rows, shift, rollbacks = self.config.training.global_batch, self.skipped_batches, self.rollbacks
+        abandoned, rows = self.progress, self.config.training.global_batch
         step = self._restore(found)
-        self.skipped_batches, self.rollbacks, self.owes_evaluation = shift + done - step, rollbacks + 1, False
-        first = (step + shift) * rows
+        self.progress.after_rollback(abandoned, done - step)
         log.warning(
             "rolled back to step %d; the rows at positions %d to %d of the sample order are left out",
             step,
-            first,
-            (done + shift) * rows - 1,
+            (step + abandoned.skipped_batches) * rows,
+            (done + abandoned.skipped_batches) * rows - 1,
         )
         telemetry.went_back_to(step)
         telemetry.event("rolled back", step, rolled_back_from=done)
-        self.step_at_log, self.tokens_at_log = step, int(self.tokens)
+        self.meter.went_back_to(step, self.progress)
         self.engine.train()
         self._save(step, math.inf)  # anew: called again before the next one is due, the run must know what it left out
         return step
@@ -309,23 +283,19 @@ class Trainer:
             self.master.before_step()
             engine.step()
             sums += torch.stack((loss.total.detach(), loss.reconstruction, loss.kl, loss.tokens)).double()
-        skipped = engine.skipped_steps > self.skipped_steps
-        self.skipped_steps = engine.skipped_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if skipped:
+        if self.progress.count_step(counted, engine.skipped_steps):
             self._report_skipped(step, telemetry)
         elif self.ema is not None:
             self.ema.update()
-        self.tokens += counted
         return sums
 
     def _report_skipped(self, step: int, telemetry: Telemetry) -> None:
         rows, limit = self.config.training.global_batch, self.config.training.max_skipped_steps
-        batch = step + self.skipped_batches
+        batch = step + self.progress.skipped_batches
         numbers = self.order.row_numbers(np.arange(batch * rows, (batch + 1) * rows, dtype=np.int64)).tolist()
         log.warning("step %d skipped: its gradient is not finite; rows of the batch: %s", step + 1, numbers)
         telemetry.event("skipped", step + 1, rows=numbers)
-        if self.skipped_in_a_row >= limit:
+        if self.progress.skipped_in_a_row >= limit:
             raise RunFailed(
                 f"{limit} steps in a row, up to step {step + 1}, had no finite gradient; the log names their rows"
             )
@@ -337,41 +307,13 @@ class Trainer:
             dist.all_reduce(mine)
         return mine
 
-    def _metrics(self, done: int, losses: torch.Tensor) -> dict[str, Any]:
-        """The record of a logged step: one collective, the only one that logging adds."""
-        if self.world.size > 1:
-            dist.all_reduce(losses)
-        total, reconstruction, kl, counted = losses.tolist()
-        seconds, tokens = self.watch.lap(), int(self.tokens)
-        waited, self.waited = self.loader.wait_seconds - self.waited, self.loader.wait_seconds
-        steps, self.step_at_log = done - self.step_at_log, done
-        new_tokens, self.tokens_at_log = tokens - self.tokens_at_log, tokens
-        # Padding and given tokens go through the network too, though not through its head: work, but not progress.
-        positions = steps * self.config.training.global_batch * self.config.data.row_length
-        work = positions * (self.flops.total - self.flops.head) + new_tokens * self.flops.head
-        return {
-            "step": done,
-            "tokens": tokens,
-            "loss": total / counted,
-            "reconstruction": reconstruction / counted,
-            "kl": kl / counted,
-            "kl_weight": self.config.diffusion.kl_weight.at(done - 1),
-            "lr": learning_rate_at(done - 1, self.config.training),
-            "grad_norm": self.master.gradient_norm(),
-            "tokens_per_second": new_tokens / seconds,
-            "mfu": work / (seconds * self.peak_flops * self.world.size),
-            "data_wait_fraction": waited / seconds,
-            "peak_memory_gib": peak_of_process(self.world.device) / 2**30,  # of rank 0, since this start
-            "skipped_steps": self.skipped_steps,
-        }
-
     def _evaluate(self, done: int, telemetry: Telemetry) -> float:
         """With the averaged weights. Returns the lowest bound, nats per token.
 
         Raises:
             StopAgreed: on all ranks, nothing is recorded, and the evaluation is owed.
         """
-        self.owes_evaluation = True
+        self.progress.owes_evaluation = True
         self._go_on()
         self.engine.eval()
         weights, model = "raw" if self.ema is None else "ema", self.engine.module
@@ -383,7 +325,7 @@ class Trainer:
                 )
         finally:
             self.engine.train()
-        self.owes_evaluation = False
+        self.progress.owes_evaluation = False
         self.watchdog.progress()
         if found.usage is not None:
             telemetry.latent(found.usage.to_dict())
@@ -403,20 +345,11 @@ class Trainer:
 
     def _save(self, done: int, bound: float) -> None:
         state = {
-            "tokens": int(self.tokens),
-            "skipped_steps": self.skipped_steps,
-            "skipped_batches": self.skipped_batches,
-            "rollbacks": self.rollbacks,
-            "best_bound": min(bound, self.checkpoints.best_bound),
-            "losses": self.spikes.state(),
-            "owes_evaluation": self.owes_evaluation,
-            "ema_updates": 0 if self.ema is None else self.ema.updates,
+            **self.progress.to_state(),
+            **self._changeable(),
             "config": self.config.model_dump(mode="json"),
             "tokenizer_fingerprint": self.fingerprint,
             "contents": self.contents,
-            "world_size": self.world.size,
-            "zero_stage": self.config.zero_stage,
-            "precision": self.precision,
         }
         self.checkpoints.begin(done, state, bound)
         self.watchdog.progress()

@@ -46,7 +46,7 @@ def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def set_learning_rates(groups: Iterable[dict[str, Any]], step: int, training: TrainingConfig) -> None:
-    """Of the update made by `step`, in an optimizer's parameter groups: all follow one schedule."""
+    """Set the rates of the update made by `step` in an optimizer's parameter groups: all follow one schedule."""
     rate = learning_rate_at(step, training)
     for group in groups:
         peak = training.muon_learning_rate if group.get("use_muon") else training.learning_rate

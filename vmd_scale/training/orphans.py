@@ -34,7 +34,7 @@ def are_above(chain: list[int]) -> bool:
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Of a process' arguments: ``deepspeed ...``, ``python deepspeed ...``, ``python -u -m torch.distributed.run``."""
+    """By a process' arguments: ``deepspeed ...``, ``python deepspeed ...``, ``python -u -m torch.distributed.run``."""
     return any(Path(word).name in LAUNCHERS for word in command[:4])
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 from vmd_scale.errors import UserError
 from vmd_scale.training.orphans import are_above
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: checkpoint written, call again to go on
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: checkpoint written, run again to continue
 STOP_AT = "VMD_STOP_AT"  # environment: unix time; should the signal before the time limit be lost, this is not
 BY_FILE, BY_TIME, BY_SIGNAL, BY_DEATH = "STOP file", "time", "signal", "the death of its launcher"
 
@@ -54,7 +54,7 @@ class StopRequest:
         return BY_SIGNAL if are_above(self._launchers) else BY_DEATH
 
     def obeyed(self) -> None:
-        """The checkpoint is written: the file has done its work, and must not stop the run when called again."""
+        """The checkpoint is written: the file has done its work, and must not stop the run when it is started again."""
         if self._is_main:
             self._file.unlink(missing_ok=True)
 

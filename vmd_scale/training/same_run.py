@@ -4,7 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from vmd_scale.checkpoints import MANIFEST, RUN_STATE, damage, whole_checkpoints
+from vmd_scale.checkpoints import MANIFEST, RUN_STATE, check_fingerprint, damage, whole_checkpoints
 from vmd_scale.config import Config
 from vmd_scale.config_file import parse_config
 from vmd_scale.errors import UserError
@@ -37,11 +37,7 @@ def check_same_run(
         UserError: names the key and both values.
     """
     state = json.loads((checkpoint / RUN_STATE).read_text())
-    if state["tokenizer_fingerprint"] != fingerprint:
-        raise UserError(
-            f"data.tokenizer {config.data.tokenizer!r} has fingerprint {fingerprint[:12]}, but {checkpoint} was "
-            f"trained with {state['tokenizer_fingerprint'][:12]}: not the same tokenizer"
-        )
+    check_fingerprint(config.data.tokenizer, fingerprint, state["tokenizer_fingerprint"], checkpoint)
     then = parse_config(state["config"], str(checkpoint / RUN_STATE))  # with keys that are newer than it
     saved, ours = then.resolved().model_dump(mode="json"), config.resolved().model_dump(mode="json")
     for values in (saved, ours):

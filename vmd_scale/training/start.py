@@ -12,7 +12,7 @@ import torch.distributed as dist
 from vmd_scale.build import Parts
 from vmd_scale.checkpoints import all_checkpoints
 from vmd_scale.config import Config
-from vmd_scale.data.manifest import check_compatible, read_manifest
+from vmd_scale.data.manifest import check_compatible, read_manifest, unigram_bits_per_token
 from vmd_scale.data.prepare import prepare_all
 from vmd_scale.data.verification import remember, verify_share
 from vmd_scale.determinism import be_deterministic
@@ -198,14 +198,14 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         world.on_main(lock.acquire)
         check_shared(run_folder, world)
         trainer = Trainer(config, run_folder, world, tokenizer, parts)
-        there = len(all_checkpoints(run_folder / "checkpoints"))
-        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints, there))
+        kept = len(all_checkpoints(run_folder / "checkpoints"))
+        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints, kept))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
-            write_json(run_folder / FACTS, {"unigram_bits_per_token": trainer.unigram_bits_per_token})
+            write_json(run_folder / FACTS, {"unigram_bits_per_token": unigram_bits_per_token(trainer.contents)})
             keep_tokenizer(tokenizer, run_folder)
-        if first >= config.training.steps and not trainer.owes_evaluation:
+        if first >= config.training.steps and not trainer.progress.owes_evaluation:
             log.info("nothing to do: %d steps are done, training.steps is %d", first, config.training.steps)
             trainer.record("finished", first)
             return 0

@@ -17,7 +17,7 @@ from vmd_scale.files import read_json, write_json
 from vmd_scale.training.lock import LOCK
 
 STATUS = "status.json"
-SILENCE = 3600.0  # seconds: nothing that goes on writes nothing for so long
+SILENCE = 3600.0  # seconds: no run that is alive writes nothing for so long
 State = Literal["running", "stopped", "finished", "failed"]
 
 

@@ -16,7 +16,8 @@ from vmd_scale.determinism import any_order
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.evaluation.latent import LatentUsage, latent_usage
-from vmd_scale.evaluation.perplexity import Ranks, Request, Result, chosen_rows, evaluate
+from vmd_scale.evaluation.perplexity import Request, Result, chosen_rows, evaluate
+from vmd_scale.evaluation.ranks import Ranks
 from vmd_scale.model import VMD
 from vmd_scale.tokenization import Tokenizer
 

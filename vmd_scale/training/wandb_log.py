@@ -1,4 +1,4 @@
-"""wandb, as far as a run may depend on it: not at all. What goes wrong there is a warning, never the end of a run.
+"""wandb logging, on which a run never depends: what goes wrong there is a warning, never the end of a run.
 
 The run's id is kept in its folder, so that a resumed run is the same curve. Everything is drawn over our own `step`,
 because wandb's must not go back, and a resumed run makes the steps after its last checkpoint again.
@@ -48,7 +48,7 @@ class WandbLog:
             return None
         for attempt in (mode, "offline"):
             try:
-                # else init would ask for a key, where there is a terminal, and wait for ever
+                # else init would ask for a key, where there is a terminal, and wait forever
                 if attempt == "online" and not wandb.login(timeout=SECONDS_TO_CONNECT, verify=False):
                     raise ConnectionError("nobody is logged in; call 'wandb login' once")
                 run = wandb.init(

@@ -153,7 +153,7 @@ class ShardedMaster:
             self._engine.skipped_steps += not self._is_finite()
 
     def _is_finite(self) -> bool:
-        """Of the gradient, in stage 0: the same on all ranks, since gradients are reduced before."""
+        """Whether the gradient is, in stage 0: the same on all ranks, since gradients are reduced before."""
         return self._norm is None or bool(torch.isfinite(self._norm))
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> None:
@@ -191,7 +191,7 @@ class ShardedMaster:
         for number, group in enumerate(groups):
             for p in group:
                 mapping = _get(p, "_hp_mapping")
-                if mapping is not None:  # some of this parameter lies in this rank's partition
+                if mapping is not None:  # some of this parameter is in this rank's partition
                     inside, address = mapping.lp_fragment_address, mapping.hp_fragment_address
                     name, shape = self._names[id(p)], tuple(p.shape)
                     yield Fragment(name, shape, inside.start, inside.numel, number, address.start)

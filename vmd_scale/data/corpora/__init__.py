@@ -47,7 +47,7 @@ def normalizer_name(config: DataConfig) -> str:
 
 
 def raw_documents(config: DataConfig, split: str) -> Iterator[Document]:
-    """Documents of a split before normalisation, empty ones included.
+    """Documents of a split before normalization, empty ones included.
 
     Raises:
         UserError: unknown corpus, a split that it does not have, and whatever is wrong with data.source.
@@ -60,7 +60,7 @@ def raw_documents(config: DataConfig, split: str) -> Iterator[Document]:
 
 
 def documents(config: DataConfig, split: str) -> Iterator[Document]:
-    """Documents of a split, normalised, without the empty ones. Raises what `raw_documents` does."""
+    """Documents of a split, normalized, without the empty ones. Raises what `raw_documents` does."""
     normalize = NORMALIZERS[normalizer_name(config)]
     for document in raw_documents(config, split):
         if document.tokens is not None:

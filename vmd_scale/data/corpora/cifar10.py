@@ -1,4 +1,4 @@
-"""CIFAR-10, binary version: 32 x 32 pixels of three colours, 3,072 tokens of 256 symbols.
+"""CIFAR-10, binary version: 32 x 32 pixels of three colors, 3,072 tokens of 256 symbols.
 
 A record is a label and three planes of 1,024 bytes; a row is pixel after pixel, line by line, each red, green, blue.
 """

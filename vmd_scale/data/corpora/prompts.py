@@ -13,6 +13,7 @@ from vmd_scale.config import DataConfig
 from vmd_scale.data.corpora.files import content_suffix, csv_records, json_lines
 from vmd_scale.data.corpora.registry import SPLITS, Document, corpus, in_twentieth
 from vmd_scale.data.corpora.sources import local_source
+from vmd_scale.data.packing import check_prompts
 from vmd_scale.errors import UserError
 
 MOST_LABELS = 1000
@@ -20,15 +21,15 @@ MOST_LABELS = 1000
 
 @corpus("prompts")
 def prompts(config: DataConfig, split: str) -> Iterator[Document]:
-    """JSON lines of "prompt" and "response". Fills the row behind the response with the tokenizer's end token."""
-    _check(config)
+    """JSON lines of "prompt" and "response". Fills the row after the response with the tokenizer's end token."""
+    check_prompts(config)
     return (Document(prompt=p, text=r) for p, r in _pairs(config, split, "response"))
 
 
 @corpus("labels")
 def labels(config: DataConfig, split: str) -> Iterator[Document]:
     """JSON lines of "prompt" and "label", or CSV of class and texts."""
-    _check(config)
+    check_prompts(config)
     choices = choices_of(config)
     for prompt, label in _pairs(config, split, "label"):
         if label not in choices:
@@ -46,14 +47,6 @@ def choices_of(config: DataConfig) -> tuple[str, ...]:
     if not 2 <= len(found) <= MOST_LABELS:
         raise UserError(f"data.source: {len(found)} different labels in the training split; 2 to {MOST_LABELS} allowed")
     return tuple(sorted(found))
-
-
-def _check(config: DataConfig) -> None:
-    if config.packing != "pad" or config.row_specials:
-        raise UserError(
-            f"data.corpus {config.corpus!r} needs data.packing='pad' and data.row_specials=false, found "
-            f"{config.packing!r} and {str(config.row_specials).lower()}"
-        )
 
 
 def _pairs(config: DataConfig, split: str, response: str) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from vmd_scale.data.corpora.registry import SPLITS, Document, corpus, in_twentie
 from vmd_scale.data.normalize import to_text8_alphabet
 from vmd_scale.errors import UserError
 
-SHORTEST = 20  # characters, after normalisation
+SHORTEST = 20  # characters, after normalization
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -36,7 +36,7 @@ def python_docs(config: DataConfig, split: str) -> Iterator[Document]:
 def _texts() -> tuple[str, ...]:
     from pydoc_data.topics import topics
 
-    kept: dict[str, str] = {}  # normalised -> as written
+    kept: dict[str, str] = {}  # normalized -> as written
     for text in (*(topics[name] for name in sorted(topics)), *_docstrings(Path(sysconfig.get_path("stdlib")))):
         normalised = to_text8_alphabet(text).strip()
         if len(normalised) >= SHORTEST:

@@ -29,7 +29,7 @@ SPLITS = ("train", "validation", "test")
 class Document:
     """Text, or ready tokens (int64 [n]) of which some are `given` (bool [n]): those are a row by themselves.
 
-    With a `prompt`, `text` is the response to it: a row of its own, whose prompt is given. Of a response that is one of
+    With a `prompt`, `text` is the response to it: a row of its own, whose prompt is given. If the response is one of
     `choices`, only as many positions are counted as the longest of them has; else the row is filled to its end.
 
     `last` is false for a piece of a document whose next piece follows: a text too long to be handled at once.

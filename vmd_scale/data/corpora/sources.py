@@ -1,5 +1,6 @@
 """What data.source points at, and how a stream of records becomes splits when the source has none of its own."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -123,21 +124,31 @@ def _before_or_after(
     return islice(read(), border, None) if split == "validation" else islice(read(), border)
 
 
-def _hub_name(source: str) -> list[str]:
-    """``hf:NAME`` or ``hf:NAME:CONFIGURATION`` as the arguments of `datasets`."""
-    return source.removeprefix(HUB).split(":")
+def _hub_arguments(source: str) -> tuple[list[str], dict[str, str]]:
+    """``hf:NAME``, ``@REVISION`` and ``:CONFIGURATION`` as what `datasets` takes by position and by name.
+
+    Raises:
+        UserError: a part is empty.
+    """
+    found = re.fullmatch(rf"{HUB}([^@:]+)(?:@([^:]+))?(?::(.+))?", source)
+    if found is None:
+        raise UserError(f"data.source {source!r}: expected hf:NAME, hf:NAME@REVISION, and :CONFIGURATION after either")
+    name, revision, configuration = found.groups()
+    return [name, configuration] if configuration else [name], {"revision": revision} if revision else {}
 
 
 def _hub_splits(source: str) -> tuple[str, ...]:
     import datasets
 
-    return tuple(_from_hub(source, lambda: datasets.get_dataset_split_names(*_hub_name(source))))
+    names, revision = _hub_arguments(source)
+    return tuple(_from_hub(source, lambda: datasets.get_dataset_split_names(*names, **revision)))
 
 
 def _hub_count(source: str, split: str, column: str) -> int:
     import datasets
 
-    info = _from_hub(source, lambda: datasets.load_dataset_builder(*_hub_name(source)).info.splits)
+    names, revision = _hub_arguments(source)
+    info = _from_hub(source, lambda: datasets.load_dataset_builder(*names, **revision).info.splits)
     count = info[split].num_examples if info else None
     return count or sum(1 for _ in _hub_texts(source, split, column))
 
@@ -145,6 +156,7 @@ def _hub_count(source: str, split: str, column: str) -> int:
 def _hub_texts(source: str, split: str, column: str) -> Iterator[str]:
     import datasets
 
+    names, revision = _hub_arguments(source)
     stream: Iterator[Any] | None = None
     read = 0
 
@@ -153,7 +165,7 @@ def _hub_texts(source: str, split: str, column: str) -> Iterator[str]:
         nonlocal stream
         try:
             if stream is None:
-                opened = datasets.load_dataset(*_hub_name(source), split=split, streaming=True)
+                opened = datasets.load_dataset(*names, **revision, split=split, streaming=True)
                 stream = islice(opened, read, None)
             return next(stream, None)
         except Exception:
@@ -175,7 +187,7 @@ def _from_hub(source: str, fetch: Callable[[], Answer]) -> Answer:
     hint = "download it where there is a network and give the local file or folder"
     try:
         return persistently(f"data.source {source!r}", fetch)
-    except FileNotFoundError as error:  # there is no data set of that name, or it is not for everybody
+    except FileNotFoundError as error:  # no data set of that name, or revision of it, or it is not for everybody
         raise UserError(f"data.source {source!r}: {first_line(error)}; or {hint}") from None
     except UserError as error:
         raise UserError(f"{first_line(error)}; or {hint}") from None
