@@ -7,7 +7,7 @@
 Of rank 0, in bytes of tensors: `kept` lives between steps (weights, optimizer, EMA, gradients that are kept), `peak` is
 the most at once in a step, the median of three: a thread of gloo may let go of a buffer late. `accumulated` are the
 micro-batches of a step; a small `bucket` (elements, of gradients that are reduced at once) is what a large model has in
-proportion.
+proportion. Where `rows` are long, it is activations that decide.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def main() -> None:
     leave_world()
 
 
-COLUMNS = ("zero", "precision", "accumulated", "bucket", "kept", "peak", "predicted", "predicted / peak")
+COLUMNS = ("zero", "precision", "accumulated", "bucket", "rows", "kept", "peak", "predicted", "predicted / peak")
+LONG = ("data.row_length=512", f"data.shards={FOLDER / 'shards_of_long_rows'}", "training.micro_batch=8")
 
 
 def all_cases(ranks: int, settings: list[str]) -> list[dict[str, Any]]:
@@ -88,17 +89,27 @@ def all_cases(ranks: int, settings: list[str]) -> list[dict[str, Any]]:
     for stage, precision, (accumulated, bucket) in product(range(4), ("fp32", "bf16"), ((1, ""), (2, ""), (1, "2e6"))):
         if (stage, precision) == (0, "bf16") or (bucket and (stage == 0 or (stage, precision) == (1, "bf16"))):
             continue  # DeepSpeed cannot, or has no bucket
-        changes = [*settings, "training.micro_batch=4", f"training.global_batch={4 * ranks * accumulated}"]
+        changes = ["training.micro_batch=4", f"training.global_batch={4 * ranks * accumulated}"]
         changes += [f"deepspeed.zero_optimization.reduce_bucket_size={bucket}"] if bucket else []
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "case.json"
-            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), __file__]
-            command += ["--zero", str(stage), "--precision", precision, "--json", str(file)]
-            command += [part for change in changes for part in ("--set", change)]
-            subprocess.run(command, check=True, stdout=sys.stderr)
-            case = json.loads(file.read_text())["memory"]
-        found.append({**case, "accumulated": accumulated, "bucket": bucket})
+        case = in_processes(stage, precision, ranks, [*settings, *changes])
+        found.append({**case, "accumulated": accumulated, "bucket": bucket, "rows": ""})
+    for checkpointing in ("none", "selective", "full"):
+        changes = [*LONG, f"training.global_batch={8 * ranks}", f"training.activation_checkpointing={checkpointing}"]
+        case = in_processes(1, "bf16", ranks, [*settings, *changes])
+        found.append({**case, "accumulated": 1, "bucket": "", "rows": f"long, checkpointing {checkpointing}"})
     return found
+
+
+def in_processes(stage: int, precision: str, ranks: int, settings: list[str]) -> dict[str, Any]:
+    """One case on so many ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "case.json"
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), __file__]
+        command += ["--zero", str(stage), "--precision", precision, "--json", str(file)]
+        command += [part for setting in settings for part in ("--set", setting)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        case: dict[str, Any] = json.loads(file.read_text())["memory"]
+    return case
 
 
 def one_case(stage: int, precision: str, settings: list[str]) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ def dry_run(config: Config, ranks: int | None) -> str:
     precision = resolve_precision(config, device)
     architecture = build_architecture(config, vocab_size_of(config.data.tokenizer))
     on_gpu = device.type == "cuda"
-    return describe_run(config, architecture, world_size, precision, on_gpu, peak_flops(device))
+    return describe_run(config, architecture, world_size, precision, on_gpu, peak_flops(device, precision))
 
 
 def show_rows(config: Config) -> str:

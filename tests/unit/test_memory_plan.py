@@ -215,16 +215,17 @@ def test_a_layer_that_is_computed_again_takes_what_it_would_have_kept(compiled):
 
 
 LAYERS = list(itertools.product(("layernorm", "rmsnorm"), ("gelu", "swiglu"), ("adaln", "add"), (0.0, 0.1)))
+EVEN = [kinds for kinds in LAYERS if sum(kind in ("rmsnorm", "swiglu", "add", 0.1) for kind in kinds) % 2 == 0]
 
 
-@pytest.mark.parametrize(("norm", "mlp", "injection", "dropout"), LAYERS)
+@pytest.mark.parametrize(("norm", "mlp", "injection", "dropout"), EVEN)  # any two of them in all ways
 def test_compiled_blocks_keep_what_their_formula_says(norm, mlp, injection, dropout):
     """Bytes of a token and unit of width, in bf16, derived by hand: what the backward pass cannot do without.
 
-    Ten vectors: a layer's two inputs, both of them normalized, keys and queries with their rotation, the product that
-    values lie in (three wide), and what attention makes of them. Of the MLP what goes into its nonlinearity and what
-    comes out. A gate needs what it multiplies (the other one's is made of the layer's inputs). With `selective`: one
-    input, products and attention, of which the last product has no use but for a gate.
+    Ten vectors: what comes into attention and into the MLP, before and after its normalization; rotated queries and
+    keys; their product with values, in which these lie (three wide); and what attention makes of them. Of the MLP,
+    what its nonlinearity reads and makes. Gates need the products that they multiply, which the MLP's input is made of.
+    With `selective`, a layer's input and its products, of which only a gate has any use for the last one.
     """
     model = {"layers": 1, "width": 128, "heads": 2, "attention": "auto", "norm": norm, "mlp": mlp, "dropout": dropout}
     a = build_architecture(config_of(model=model, latent={"injection": injection}), 27)
@@ -242,12 +243,12 @@ def test_compiled_blocks_keep_what_their_formula_says(norm, mlp, injection, drop
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("how", ["none", "selective"])
-def test_compiled_blocks_keep_what_the_compiler_is_asked_about(how):
+@pytest.mark.parametrize(("how", "of_eager"), [("none", 0.95), ("selective", 1.01)])
+def test_compiled_blocks_keep_what_the_compiler_is_asked_about(how, of_eager):
     """Counted on tensors without memory; here really compiled and run."""
     a = build_architecture(config_of(model={"layers": 1, "attention": "sdpa"}), 27)
     counted = activations_of_row(a, torch.float32, how, compiled=True).denoiser
-    assert counted <= activations_of_row(a, torch.float32, how).denoiser
+    assert counted < of_eager * activations_of_row(a, torch.float32, how).denoiser
     measured = []
     for rows in (2, 4):
         model = VMD(a)

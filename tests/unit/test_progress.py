@@ -65,10 +65,10 @@ def test_a_roll_back_forgets_an_owed_evaluation_and_counts_what_was_abandoned():
 def test_speed_is_of_the_steps_since_the_last_record_without_pauses(monkeypatch):
     clock, loader = SimpleNamespace(now=100.0), SimpleNamespace(wait_seconds=50.0)
     monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(meter, "peak_flops", lambda device: 1e3)
+    monkeypatch.setattr(meter, "peak_flops", lambda device, precision: {"fp32": 1e3}[precision])
     config, world = load_config(CONFIG), World(0, 0, 1, CPU, host_group=None, launchers=[])
     positions = config.training.global_batch * config.data.row_length
-    measured = Meter(config, world, loader, FlopsPerToken(denoiser=2.0, head=3.0, encoder=1.0, latent=1.0))
+    measured = Meter(config, world, loader, FlopsPerToken(denoiser=2.0, head=3.0, encoder=1.0, latent=1.0), "fp32")
     progress = Progress(torch.tensor(1000))
     clock.now = 200.0  # building an engine is no training
     measured.start(10, progress)

@@ -45,8 +45,9 @@ class FlopsPerToken:
         encoder = a.encoder_layers * _block(a, a.encoder_width, length)
         latents = max(a.groups, a.documents)  # of a row
         encoder += 2 * a.encoder_width * 2 * a.latent_width * latents / a.row_length
-        if a.documents > 1:  # the mean of each; the matrix that says which positions are its own gets no gradient
-            encoder += (2 / 3) * 2 * a.documents * a.encoder_width
+        # Which positions are masked, and the mean of those of a group or document: products with a matrix that says
+        # which they are, and gets no gradient.
+        encoder += (2 / 3) * 2 * (2 + a.documents) * a.encoder_width
         return cls(
             denoiser=3 * passes * halves * blocks,
             head=3 * masked * 2 * a.width * a.vocab_size,

@@ -87,7 +87,7 @@ class Trainer:
         self.watchdog = Watchdog(training.hang_timeout)
         self.progress, self.stopped = Progress.at_start(world.device), False
         flops = flops_per_token(config, model, tokenizer.vocab_size, self.precision, manifests, world.device)
-        self.meter = Meter(config, world, self.loader, flops)
+        self.meter = Meter(config, world, self.loader, flops, self.precision)
 
     @functools.cached_property
     def validation_rows(self) -> ShardReader:

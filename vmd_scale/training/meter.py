@@ -63,11 +63,14 @@ class Meter:
     Args:
         loader: is asked for how long training has waited for data.
         flops: see `flops_per_token`.
+        precision: fp32 | bf16, whose peak MFU is of.
     """
 
-    def __init__(self, config: Config, world: World, loader: TrainLoader[Any], flops: FlopsPerToken) -> None:
+    def __init__(
+        self, config: Config, world: World, loader: TrainLoader[Any], flops: FlopsPerToken, precision: str
+    ) -> None:
         self._config, self._world, self._loader, self._flops = config, world, loader, flops
-        self._peak_flops = peak_flops(world.device)
+        self._peak_flops = peak_flops(world.device, precision)
         self._watch, self._waited = Stopwatch(), 0.0  # and, like these, as of the last record:
         self._step = self._tokens = 0
 
