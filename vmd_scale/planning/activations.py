@@ -118,7 +118,7 @@ def _of_compiled_blocks(a: Architecture, dtype: torch.dtype, checkpointing: str,
             return graph.forward
 
         model.checkpoint_activations(checkpointing)
-        # Of operations in place, of which our blocks have none.
+        # It warns of operations in place, which blocks do not have.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         torch._dynamo.reset()  # else, after a few counts, blocks of one more shape would run uncompiled
         for stack in model.stacks:

@@ -87,7 +87,7 @@ def buffers_of(zero: Zero, parameters: int, ranks: int, freed: float, in_bucket:
         return max(0.0, (low + converted) * min(AT_ONCE, parameters) - freed)
     if zero.apart:
         if zero.lean:
-            at_the_end = 0 if on_gpu else 4 * parameters  # gloo's reduce-scatter makes a copy
+            at_the_end = 4 * parameters if zero.scattered and not on_gpu else 0  # gloo's reduce-scatter makes a copy
         else:  # one flat tensor, which is copied only where small ones lie beside it
             at_the_end = (4 * parameters if parameters <= AT_ONCE else 0) + (sent * parameters if sent < 4 else 0)
         return max(0.0, at_the_end + (low * parameters if zero.keeps_low else 0) - freed)

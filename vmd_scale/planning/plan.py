@@ -152,10 +152,7 @@ class Plan:
             "assumed_mfu": self.mfu,
             "zero_stages": stages,
             "expected": self.speed(gpus).to_dict(),
-            "curve": [
-                {**speed.to_dict(), "efficiency_with_a_micro_batch_each": self.weak_efficiency(speed.gpus)}
-                for speed in self.curve()
-            ],
+            "curve": [{**speed.to_dict(), "weak_scaling": self.weak_efficiency(speed.gpus)} for speed in self.curve()],
         }
 
 
