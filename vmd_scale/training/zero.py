@@ -1,7 +1,7 @@
-"""The one file that knows DeepSpeed's insides: where each rank keeps its part of the fp32 master weights.
+"""Where DeepSpeed keeps each rank's part of the fp32 master weights.
 
-Written against DeepSpeed 0.19. Every private attribute is read through `_get`, which fails with a clear message when
-another version has moved it.
+Only this file and lean_bf16.py know its insides, those of DeepSpeed 0.19. Every private attribute is read here through
+`_get`, which fails with a clear message when another version has moved it.
 """
 
 import math
