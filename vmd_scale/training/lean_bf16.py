@@ -70,11 +70,8 @@ class LeanBF16Optimizer(BF16_Optimizer):
 def make_lean(engine: Any) -> None:
     """Where the engine has a `BF16_Optimizer` whose gradients are fp32, in memory and between ranks."""
     optimizer = engine.optimizer
-    fp32 = torch.float32
-    plain = engine.postscale_gradients() and engine.gradient_predivide_factor() == 1
-    if (
-        type(optimizer) is BF16_Optimizer
-        and plain
-        and optimizer.grad_acc_dtype == fp32 == engine.communication_data_type
-    ):
+    if type(optimizer) is not BF16_Optimizer:
+        return
+    summed_first = engine.postscale_gradients() and engine.gradient_predivide_factor() == 1
+    if summed_first and {optimizer.grad_acc_dtype, engine.communication_data_type} == {torch.float32}:
         optimizer.__class__ = LeanBF16Optimizer
