@@ -252,6 +252,7 @@ def test_what_a_run_keeps_is_of_its_last_tokenizer_alone(sentencepiece_file: Pat
         assert load_tokenizer(str(tmp_path / KEPT)).fingerprint == tokenizer.fingerprint
 
 
+@needs_assets
 def test_a_hub_name_is_looked_up_in_the_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "tokenizer" / "assets" / "bert-base-uncased"
