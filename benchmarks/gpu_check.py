@@ -56,7 +56,7 @@ GOALS = (
     ),
 )
 GPU_TESTS = ("test_attention_kernels.py", "test_step_causes.py", "test_determinism.py", "test_sampler.py")
-GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_planning.py", "test_fp8.py")
+GPU_TESTS_WITH_PYDANTIC = ("test_head.py", "test_memory_plan.py", "test_fp8.py")
 
 
 def need(*packages: str) -> None:
