@@ -12,7 +12,6 @@ from vmd_scale.model import Architecture
 from vmd_scale.model.head import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, VOCAB_MULTIPLE
 from vmd_scale.planning.activations import Kept, kept_of, without_memory
 from vmd_scale.planning.workload import denoiser_passes, head_pieces, masked_share
-from vmd_scale.planning.zero import BUCKET as BUCKET  # the engine's
 from vmd_scale.planning.zero import Zero
 
 

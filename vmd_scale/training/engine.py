@@ -12,7 +12,7 @@ from vmd_scale.data.loader import accumulation_steps
 from vmd_scale.errors import UserError
 from vmd_scale.model import VMD
 from vmd_scale.model.layers import Block
-from vmd_scale.planning.memory import BUCKET
+from vmd_scale.planning.zero import BUCKET
 from vmd_scale.precision import DTYPES, precision_on
 from vmd_scale.training.fp8 import convert_to_fp8
 from vmd_scale.training.launch import World
