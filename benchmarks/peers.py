@@ -32,6 +32,7 @@ from workload import VOCAB, BareStep, shape
 from vmd_scale.diffusion.noise import Noise
 from vmd_scale.diffusion.sampler import Sampler, sample
 from vmd_scale.planning.peaks import peak_bytes
+from vmd_scale.precision import DTYPES, precision_on
 
 NEEDED = {"mdlm": ("lightning", "hydra", "omegaconf", "torchmetrics"), "gidd": ("omegaconf",)}
 CONDITION = 128  # the width of what modulates the blocks, everywhere
@@ -157,7 +158,7 @@ def gidd(folder: Path, sizes: Sizes, device: torch.device, compiled: bool = Fals
             "loss": {"loss_type": "mdlm", "reduction": "tokenmean"},
         }
     )
-    tokenizer, dtype = Tokenizer(sizes.vocab), precision_on(device)
+    tokenizer, dtype = Tokenizer(sizes.vocab), DTYPES[precision_on(device, "auto")]
     model = dit.DIT(config, len(tokenizer)).to(device, dtype)
     schedule = process.get_noise_schedule(config, tokenizer)
     whole = trainer.get_trainer(config, model, tokenizer, schedule, loss.get_loss(config, tokenizer, schedule), dtype)
@@ -211,19 +212,15 @@ def stand_in_for_flash_attn() -> None:
     interface.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
 
 
-def precision_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def sides_of(args: Sizes, device: torch.device) -> dict[str, Peer | BareStep]:
     """Ours and the peers whose clones are named, by name."""
-    on_gpu = device.type == "cuda"
+    on_gpu, dtype = device.type == "cuda", DTYPES[precision_on(device, "auto")]
     sides: dict[str, Peer | BareStep] = {}
     for name, latent in (("our VMD", True), ("our MDM", False)):
         a = shape(args.layers, args.width, args.heads, args.length, args.vocab, latent, condition_width=CONDITION)
-        sides[name] = BareStep(a, args.rows, device, precision_on(device), compiled=on_gpu)
+        sides[name] = BareStep(a, args.rows, device, dtype, compiled=on_gpu)
         if args.compile and not on_gpu:
-            sides[f"{name}, compiled"] = BareStep(a, args.rows, device, precision_on(device), compiled=True)
+            sides[f"{name}, compiled"] = BareStep(a, args.rows, device, dtype, compiled=True)
     if args.mdlm:
         sides["MDLM"] = mdlm(args.mdlm, args, device)
     if args.gidd:

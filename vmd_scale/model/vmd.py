@@ -32,10 +32,15 @@ class VMD(nn.Module):
         self.prior_network = Encoder(architecture, architecture.vocab_size + 1) if conditional else None
 
     @property
+    def networks(self) -> list[Denoiser | Encoder]:
+        """Those that there are."""
+        networks = (self.denoiser, self.encoder, self.prior_network)
+        return [network for network in networks if network is not None]
+
+    @property
     def stacks(self) -> list[Stack]:
         """The blocks of each network that there is."""
-        networks = (self.denoiser, self.encoder, self.prior_network)
-        return [network.blocks for network in networks if network is not None]
+        return [network.blocks for network in self.networks]
 
     def compile_blocks(self, dynamic: bool | None = None) -> None:
         """torch.compile of blocks and last norms alone: of one shape, all layers of a network share what is compiled.
@@ -44,8 +49,8 @@ class VMD(nn.Module):
 
         `dynamic`: false where shapes never change; None compiles again, for any number of rows, when they first do.
         """
-        for network in (self.denoiser, self.encoder, self.prior_network):
-            for module in () if network is None else (*network.blocks, network.norm):
+        for network in self.networks:
+            for module in (*network.blocks, network.norm):
                 module.forward = torch.compile(module.forward, dynamic=dynamic)
 
     def attention_kernels(self, dtype: torch.dtype, padded: bool, sampling: bool = False) -> dict[str, str]:

@@ -198,8 +198,8 @@ def pretrain(config: Config, run_folder: Path, world: World, tokenizer: Tokenize
         world.on_main(lock.acquire)
         check_shared(run_folder, world)
         trainer = Trainer(config, run_folder, world, tokenizer, parts)
-        kept = len(all_checkpoints(run_folder / "checkpoints"))
-        world.on_main(lambda: check_disk(run_folder, trainer.checkpoint_bytes, training.keep_checkpoints, kept))
+        each, keep = trainer.checkpoint_bytes, training.keep_checkpoints
+        world.on_main(lambda: check_disk(run_folder, each, keep, len(all_checkpoints(run_folder / "checkpoints"))))
         first = trainer.resume()
         if world.is_main:
             write_atomically(run_folder / "config.json", config.to_json())
